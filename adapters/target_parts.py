@@ -7,14 +7,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from engine.config import MAX_SPECULATIVE_TOKENS
+from engine.config import MAX_SPECULATIVE_TOKENS, ModelConfig
 from engine.models.config import ModelFiles, ModelSpec
 from engine.models.decoder import RotaryEmbedding, rms_norm
-from engine.models.weight_reader import WeightReader
-from engine.models.weights import WeightSource, open_weights
+from engine.models.weights import WeightReader, WeightSource, open_weights
 from kernels.native import has_fast_bf16
-
-_DEFAULT_MAX_MODEL_LEN = 8192
 
 
 @dataclass(frozen=True)
@@ -31,7 +28,7 @@ class TargetParts:
     @property
     def max_positions(self) -> int:
         """Of a sequence."""
-        return len(self.rotary.cos) - MAX_SPECULATIVE_TOKENS
+        return len(self.rotary.cos_sin) - MAX_SPECULATIVE_TOKENS
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """What a draft reads of tokens [...]: their rows of the embedding [..., hidden], scaled as in the target."""
@@ -65,9 +62,9 @@ def load_target_parts(
     """Dequantised on the CPU; ``max_model_len`` as in the engine's configuration.
 
     Raises:
-        ModelError: a tensor is missing or damaged.
+        ModelError: a tensor is missing or damaged, or the model's sequences are not that long.
     """
-    positions = max_model_len or min(spec.max_position_embeddings, _DEFAULT_MAX_MODEL_LEN)
+    positions = ModelConfig(max_model_len=max_model_len).longest_sequence(spec)
     return target_parts(open_weights(files), spec, positions, dtype)
 
 

@@ -53,7 +53,7 @@ def main(
         raise typer.BadParameter(f"no {', '.join(unknown)}; there are {', '.join(sets)}", param_hint="--set")
     modes = list(dict.fromkeys(mode or default_modes(model, method)))
     chosen = {one: prompts for one, prompts in sets.items() if one in (only or sets)}
-    sides = make_sides(modes, model, Drafting.of(method, draft, None, adaptive=False))
+    sides = make_sides(modes, model, Drafting(method, draft))
     plan = {"model": model, "method": method, "draft": draft, "count": count, "max_tokens": max_tokens}
     done = (labels | counts(run) for labels, run in answers(sides, asks(chosen), max_tokens))
     runs = recorded(name or f"acceptance-{model}", plan, done)

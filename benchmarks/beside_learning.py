@@ -7,13 +7,11 @@ time, at moments in which the worker computes; then learning is stopped, and as 
 from __future__ import annotations
 
 import asyncio
-import json
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from itertools import count, cycle, islice
-from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -24,9 +22,9 @@ from rich.table import Table
 
 from benchmarks.common.environment import environment
 from benchmarks.common.learning_server import LearningServer, serving
-from benchmarks.common.machine import RESULTS
+from benchmarks.common.machine import write_record
 from benchmarks.hour import burst
-from benchmarks.prompts.sets import DATA
+from benchmarks.prompts.sets import DATA, read_prompts
 
 LEARNING, STOPPED = "learning", "stopped"
 _WINDOW = 0.3
@@ -57,10 +55,7 @@ def wait_until(worker: psutil.Process, is_learning: bool) -> bool:
 class Probes:
     """Short requests to a server that learns; each has a number, so that no prefix of it is cached.
 
-    Args:
-        server: with one tenant.
-        stream: prompts to learn from, without end.
-        each: requests of a burst.
+    It learns from bursts of ``each`` requests of ``stream``, which has no end.
     """
 
     def __init__(self, server: LearningServer, stream: Iterator[str], each: int) -> None:
@@ -97,7 +92,6 @@ def rows(answers: dict[str, list[dict[str, Any]]]) -> Iterator[tuple[str, ...]]:
 
 
 async def measure(server: LearningServer, prompts: Sequence[str], rounds: int, number: int, each: int) -> Probes:
-    """All rounds."""
     probes = Probes(server, cycle(prompts), each)
     await probes.start_worker()
     for _ in range(rounds):
@@ -112,13 +106,13 @@ def main(
     each: Annotated[int, typer.Option(min=1, help="Requests of a burst.")] = 16,
 ) -> None:
     """Serves, asks, writes the record and prints a table."""
-    prompts = [json.loads(line)["prompt"] for line in (DATA / "law-stream.jsonl").read_text().splitlines()]
+    prompts = read_prompts([DATA / "law-stream.jsonl"])
     with tempfile.TemporaryDirectory(prefix="evospec-beside-") as state:
         options = ["--engine.alignment.state_directory", state]
         with serving(model, model, "beside-learning", options) as server:
             probes = asyncio.run(measure(server, prompts, rounds, number, each))
     record = {"command": sys.argv[1:], "environment": environment(), "model": model, "answers": probes.answers}
-    Path(RESULTS / f"beside-learning-{model}.json").write_text(json.dumps(record))
+    write_record(f"beside-learning-{model}", record)
     table = Table("worker", "requests", "first token p50, ms", "p99", "32 tokens p50, ms", "p99", title=model)
     for row in rows(probes.answers):
         table.add_row(*row)

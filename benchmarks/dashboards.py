@@ -17,13 +17,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import httpx
-import matplotlib as mpl
 import typer
-
-mpl.use("Agg")
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.dates import AutoDateLocator, ConciseDateFormatter, date2num
+from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 DASHBOARDS = Path(__file__).parents[1] / "deploy" / "grafana" / "dashboards"
@@ -101,7 +98,7 @@ def draw(dashboard: dict[str, Any], data: dict[int, list[Series]], path: Path) -
     """A PNG of all panels; ``data`` has the series of each panel id."""
     panels = dashboard["panels"]
     rows = max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in panels)
-    figure = plt.figure(figsize=(16, rows * _ROW_INCHES), facecolor=_BACKGROUND)
+    figure = Figure(figsize=(16, rows * _ROW_INCHES), facecolor=_BACKGROUND)
     figure.text(0.01, 0.995, dashboard["title"], color=_TEXT, fontsize=13, va="top", weight="bold")
     margin = 1.2 / rows  # room for the title
     for panel in panels:
@@ -116,7 +113,6 @@ def draw(dashboard: dict[str, Any], data: dict[int, list[Series]], path: Path) -
         axes.set_title(panel["title"], loc="left", color=_TEXT, fontsize=8)
         (_draw_stat if panel["type"] == "stat" else _draw_lines)(axes, panel, data[panel["id"]])
     figure.savefig(path, dpi=100, facecolor=_BACKGROUND)
-    plt.close(figure)
 
 
 def _draw_stat(axes: Axes, panel: dict[str, Any], series: list[Series]) -> None:

@@ -7,7 +7,6 @@ so its share of equal answers, 1 against 8 at a time, is what the share with spe
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
@@ -20,9 +19,9 @@ from rich.table import Table
 from benchmarks.common.drafting import NONE, Drafting
 from benchmarks.common.environment import environment
 from benchmarks.common.in_process import Engine
-from benchmarks.common.machine import RESULTS
+from benchmarks.common.machine import write_record
 from benchmarks.prompts.build import Prompt
-from benchmarks.prompts.short import mixed_prompts
+from benchmarks.prompts.sets import mixed_prompts
 from engine.config import MAX_SPECULATIVE_TOKENS
 from engine.messages import SamplingParams
 
@@ -63,7 +62,6 @@ def answer(engine: Engine, prompts: Sequence[Prompt], concurrency: int, max_toke
 
 
 def table_of(model: str, results: Sequence[Equality], max_tokens: int) -> Table:
-    """A line a comparison."""
     table = Table("answers", "compared with", title=f"{model}: greedy answers of up to {max_tokens} tokens")
     for header in ("prompts", "equal", "first difference (median token)"):
         table.add_column(header, justify="right")
@@ -78,8 +76,9 @@ def compare_ways(model: str, drafting: Drafting, prompts: Sequence[Prompt], max_
     answers: dict[tuple[str, int], Answers] = {}
     for mode in (NONE, "full"):
         engine = Engine(drafting.config(model, mode))
-        if engine.core.dtype != "bfloat16":
-            raise ValueError(f"the engine computes in {engine.core.dtype}: there is nothing to measure")
+        dtype = engine.core.introduction.dtype
+        if dtype != "bfloat16":
+            raise ValueError(f"the engine computes in {dtype}: there is nothing to measure")
         for concurrency in (ALONE, TOGETHER):
             answers[mode, concurrency] = answer(engine, prompts, concurrency, max_tokens)
     plain, more = f"plain, {ALONE} at a time", f"plain, {TOGETHER} at a time"
@@ -104,15 +103,14 @@ def main(
     if quick:
         prompts, max_tokens = min(prompts, 8), min(max_tokens, 24)
     console = Console(width=150)
-    drafting = Drafting(method, draft, length, adaptive=False)
+    drafting = Drafting(method, draft, length)
     settings = {"drafting": asdict(drafting), "max_tokens": max_tokens}
     record: dict[str, Any] = {"environment": environment(), "settings": settings, "models": {}}
     for each in model or ["smollm2-135m"]:
         results = compare_ways(each, drafting, mixed_prompts(each, prompts), max_tokens)
         console.print(table_of(each, results, max_tokens))
         record["models"][each] = [asdict(result) for result in results]
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_record(name, record)
 
 
 if __name__ == "__main__":

@@ -25,9 +25,9 @@ from safetensors.torch import save_file
 
 from benchmarks.common.environment import environment
 from benchmarks.common.in_process import MAX_MODEL_LEN, Engine
-from benchmarks.common.machine import RESULTS
+from benchmarks.common.machine import write_record
 from benchmarks.prompts.build import Prompt
-from benchmarks.prompts.short import mixed_prompts
+from benchmarks.prompts.sets import mixed_prompts
 from engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig, SpeculationConfig
 from engine.messages import Grammar, SamplingParams
 from engine.models.eagle3 import Eagle3, save_draft
@@ -98,20 +98,6 @@ class Result:
     preemptions: int
 
 
-@dataclass(frozen=True)
-class Group:
-    """Prompts that some ways answer, with some sets of parameters."""
-
-    prompts: Sequence[Prompt]
-    sets: dict[str, SamplingParams]
-    ways: Sequence[Way]
-    max_tokens: int
-
-    @property
-    def params(self) -> dict[str, SamplingParams]:
-        return {key: msgspec.structs.replace(value, max_tokens=self.max_tokens) for key, value in self.sets.items()}
-
-
 def ways(method: str, draft: str | None, random_draft: str) -> Iterator[Way]:
     """All that are compared with ``Way("plain")``; ``random_draft``: a directory with token counts."""
     yield Way("plain, batch")
@@ -136,21 +122,21 @@ def few_blocks(method: str, draft: str | None) -> list[Way]:
 
 def groups_of(
     parts: Sequence[Part], prompts: Sequence[Prompt], max_tokens: int, method: str, draft: str | None, random_draft: str
-) -> Iterator[Group]:
-    """The prompts are answered greedily, and half of them sampled."""
+) -> Iterator[tuple[Sequence[Prompt], dict[str, SamplingParams], list[Way]]]:
+    """Prompts, and the parameters and ways to answer them: all of them greedily, and half of them sampled."""
     half, everything = max(1, len(prompts) // 2), list(ways(method, draft, random_draft))
     if Part.GREEDY in parts:
-        yield Group(prompts, GREEDY, everything, max_tokens)
+        yield prompts, _sized(GREEDY, max_tokens), everything
     if Part.SAMPLED in parts:
-        yield Group(prompts[:half], SAMPLED, everything, max_tokens)
+        yield prompts[:half], _sized(SAMPLED, max_tokens), everything
     if Part.PREEMPTED in parts:
-        yield Group(prompts, _long("greedy"), few_blocks(method, draft), GROWTH * max_tokens)
-        few = prompts[: max(BATCH, half)]
-        yield Group(few, _long("penalties"), few_blocks(method, draft), GROWTH * max_tokens)
+        for name, of_name in (("greedy", prompts), ("penalties", prompts[: max(BATCH, half)])):
+            long = {f"{name}, long": (GREEDY | SAMPLED)[name]}
+            yield of_name, _sized(long, GROWTH * max_tokens), few_blocks(method, draft)
 
 
-def _long(name: str) -> dict[str, SamplingParams]:
-    return {f"{name}, long": (GREEDY | SAMPLED)[name]}
+def _sized(params: dict[str, SamplingParams], max_tokens: int) -> dict[str, SamplingParams]:
+    return {name: msgspec.structs.replace(one, max_tokens=max_tokens) for name, one in params.items()}
 
 
 def make_random_draft(model: str, directory: Path) -> str:
@@ -180,7 +166,6 @@ def compare(
 
 
 def table_of(model: str, results: Sequence[Result], max_tokens: int) -> Table:
-    """A line a way and a set of parameters."""
     title = f"{model}, float32: answers of up to {max_tokens} tokens ({GROWTH} times as many where blocks are few)"
     table = Table("answers", "parameters", title=title)
     for header in ("prompts", "equal", "tokens", "accepted / drafted", "preemptions"):
@@ -208,17 +193,16 @@ def main(
     results: list[Result] = []
     with tempfile.TemporaryDirectory() as folder:
         random_draft = make_random_draft(model, Path(folder) / "random")
-        for group in groups_of(parts, chosen, max_tokens, method, draft, random_draft):
+        for of_group, params, group_ways in groups_of(parts, chosen, max_tokens, method, draft, random_draft):
             expected: dict[str, list[Any]] = {}
-            todo = [Way("plain, alone", batch=1), *group.ways]
-            for way in track(todo, console=console, description=", ".join(group.sets)):
-                results += compare(model, way, group.prompts, group.params, expected)
+            todo = [Way("plain, alone", batch=1), *group_ways]
+            for way in track(todo, console=console, description=", ".join(params)):
+                results += compare(model, way, of_group, params, expected)
     console.print(table_of(model, results, max_tokens))
     settings: dict[str, Any] = {"model": model, "method": method, "draft": draft, "parts": parts}
     settings |= {"prompts": prompts, "max_tokens": max_tokens}
     record = {"environment": environment(), "settings": settings, "results": [asdict(result) for result in results]}
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_record(name, record)
     if any(result.equal < result.prompts for result in results):
         raise typer.Exit(1)
 

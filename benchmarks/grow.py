@@ -24,11 +24,13 @@ import gguf
 import numpy as np
 import typer
 import uvloop
+from matplotlib.figure import Figure
 
 from benchmarks.common.bootstrap import interval
 from benchmarks.common.environment import environment
-from benchmarks.common.learning_server import LearningServer, serving
+from benchmarks.common.learning_server import LearningServer, serving, verification_length
 from benchmarks.common.machine import RESULTS
+from benchmarks.prompts.sets import read_prompts
 from engine.config import ModelConfig
 from engine.models.registry import resolve_model
 from engine.speculation.draft_files import shipped_draft
@@ -55,14 +57,6 @@ def perturbed_model(directory: Path) -> Path:
             if tensor.name.endswith("norm.weight"):
                 tensor.data[:] *= 1 + _NOISE * generator.standard_normal(tensor.data.shape, dtype=np.float32)
     return path
-
-
-def read_prompts(paths: Sequence[Path]) -> list[str]:
-    """Those of files with a JSON object a line, which has a ``prompt``, or ``messages``; the files in turn."""
-    lines = [[json.loads(line) for line in path.read_text().splitlines()] for path in paths]
-    longest = max(map(len, lines))
-    mixed = [one[index] for index in range(longest) for one in lines if index < len(one)]
-    return [one["prompt"] if "prompt" in one else one["messages"][-1]["content"] for one in mixed]
 
 
 async def follow(
@@ -96,7 +90,6 @@ async def follow(
 
 
 async def rest(server: LearningServer, minutes: float, record: dict[str, Any]) -> None:
-    """Quiet minutes: nobody asks."""
     started, before = time.monotonic(), record["seen"]["minutes"]
     while (at := time.monotonic() - started) < 60 * minutes:
         record["seen"]["minutes"] = before + at / 60
@@ -149,35 +142,28 @@ def times_none(held_out: Sequence[dict[str, Any]], name: str, figure: str) -> li
 
 def figures(held_out: Sequence[dict[str, Any]], name: str) -> dict[str, float]:
     """Of a side: tokens a second over whole requests and while it decodes, and tokens a verification."""
-    tokens, accepted, seconds, decoding = (
-        sum(answers[name][key] for answers in held_out) for key in ("tokens", "accepted", "seconds", "decoding")
-    )
+    of_side = [answers[name] for answers in held_out]
+    tokens, seconds, decoding = (sum(one[key] for one in of_side) for key in ("tokens", "seconds", "decoding"))
     return {
         "tokens_per_second": tokens / seconds,
         "decoded_per_second": (tokens - len(held_out)) / decoding,
-        "tokens_a_verification": tokens / (tokens - accepted),
+        "tokens_a_verification": verification_length(of_side),
     }
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
     """What the worker's scores promise, over the tokens of traffic, prompts included."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
     known = [one for one in record["states"] if one["state"].get("agreement") is not None]
     scored = [next(same) for _, same in groupby(known, lambda one: one["state"]["agreement"])]
     tokens = [one["prompt_tokens"] + one["tokens"] for one in scored]
-    figure, axes = plt.subplots(figsize=(7, 4))
+    figure = Figure(figsize=(7, 4), layout="tight")
+    axes = figure.subplots()
     axes.plot(tokens, [1 + one["state"]["agreement"] for one in scored], "o-", label="by the worker's held-out score")
     in_force = [seen for seen, one in zip(tokens, scored, strict=True) if one["state"]["stage"] == "serving"]
     if in_force:
         axes.axvline(in_force[0], color="grey", linestyle=":", label="first in force")
-    axes.set_xlabel("tokens of traffic")
-    axes.set_ylabel("tokens a verification, without copies")
+    axes.set(xlabel="tokens of traffic", ylabel="tokens a verification, without copies")
     axes.legend()
-    figure.tight_layout()
     figure.savefig(path)
 
 

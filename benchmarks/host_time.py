@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import cProfile
 import gc
-import json
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,7 +31,7 @@ from rich.table import Table
 
 from benchmarks.common import stubbed_engine, stubbed_networks
 from benchmarks.common.environment import environment
-from benchmarks.common.machine import REPOSITORY, RESULTS
+from benchmarks.common.machine import REPOSITORY, write_record
 from benchmarks.common.stubbed_engine import Texts, make_engine
 from benchmarks.common.stubbed_networks import StubTime
 from engine.config import CacheConfig, DynamicConfig, EngineConfig, ModelConfig, SchedulerConfig, SpeculationConfig
@@ -69,11 +68,9 @@ class Profile:
 
     @property
     def dearest(self) -> list[str]:
-        """The functions with the most own time."""
         return sorted(self.seconds, key=self.seconds.__getitem__, reverse=True)[:PROFILE_LINES]
 
     def record(self) -> list[dict[str, Any]]:
-        """Of the dearest functions."""
         return [{"function": f, "calls": self.calls[f], "own_seconds": self.seconds[f]} for f in self.dearest]
 
 
@@ -100,7 +97,6 @@ class Run:
         self._forget_steps()
 
     def steps(self, number: int, profile: cProfile.Profile | None = None) -> None:
-        """Take some steps and keep their seconds."""
         for _ in range(number):
             stubbed, started = StubTime.seconds, time.thread_time()
             if profile is not None:
@@ -121,7 +117,6 @@ class Run:
         return Result(self._batch, self.vocabulary, median(self._seconds), fmean(self._seconds), first, tokens_each)
 
     def profile(self) -> Profile:
-        """Of further steps."""
         profile = cProfile.Profile()
         self.steps(PROFILED_STEPS, profile)
         calls, seconds = Counter[str](), Counter[str]()
@@ -193,7 +188,6 @@ def measure(
 
 
 def table_of(results: Sequence[Result], title: str) -> Table:
-    """A line for each batch size and vocabulary."""
     table = Table("batch", "vocabulary", title=title)
     for header in ("ms a step, median", "mean", "more than full head", "first drafts accepted", "tokens each"):
         table.add_column(header, justify="right")
@@ -251,8 +245,7 @@ def main(
             profiles[title] = one.record()
     console.print(table_of(results, f"{model}, {k} drafts a step: the host's time"))
     record |= {"results": [asdict(one) for one in results], "profiles": profiles}
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_record(name, record)
 
 
 if __name__ == "__main__":

@@ -13,22 +13,24 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 import uvloop
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common.bootstrap import interval
 from benchmarks.common.environment import environment
-from benchmarks.common.learning_server import LearningServer, serving
+from benchmarks.common.learning_server import LearningServer, serving, verification_length
 from benchmarks.common.machine import RESULTS
-from benchmarks.prompts.sets import DATA, HUMANEVAL, evaluation_files, read_sets
+from benchmarks.prompts.sets import DATA, HUMANEVAL, evaluation_files, read_prompts, read_sets
 from server.tenants import hash_key, new_key
 
 LEARNING, FIXED = "learning", "fixed"
@@ -66,76 +68,63 @@ async def held_out(sides: Mapping[str, LearningServer], prompts: Sequence[str], 
     return found
 
 
+@dataclass
 class Hour:
-    """What is asked, and what was seen so far.
+    """What is asked, and what was seen so far."""
 
-    Args:
-        sides: the server, as its two tenants have it.
-        sets: held-out prompts by the name of their set.
-        sizes: ``bursts`` of a domain, requests ``each``, ``clients``, ``pause`` between bursts (s), ``max_tokens``.
-        record: grows.
-        path: where it is written after each step.
-    """
-
-    def __init__(
-        self,
-        sides: Mapping[str, LearningServer],
-        sets: Mapping[str, Sequence[str]],
-        sizes: Mapping[str, int],
-        record: dict[str, Any],
-        path: Path,
-    ) -> None:
-        self._sides, self._sets, self._sizes, self._record, self._path = sides, sets, sizes, record, path
+    sides: Mapping[str, LearningServer]
+    """The server, as its two tenants have it."""
+    sets: Mapping[str, Sequence[str]]
+    """Held-out prompts by the name of their set."""
+    sizes: Mapping[str, int]
+    """``bursts`` of a domain, requests ``each``, ``clients``, ``pause`` between bursts (s), ``max_tokens``."""
+    record: dict[str, Any]
+    path: Path
+    """Where the record is written after each step."""
 
     async def run(self, domains: Sequence[str], streams: Mapping[str, Sequence[str]]) -> None:
         """One domain after another; one that comes again goes on where it was."""
         waiting = {domain: cycle(prompts) for domain, prompts in streams.items()}
         for number, domain in enumerate(domains, 1):
             await self._stream(domain, waiting[domain])
-            self._sides[LEARNING].freeze(True)
-            wanted = dict.fromkeys(domains[:number]) if number < len(domains) else self._sets
-            for name in filter(self._sets.get, wanted):
-                answers = await held_out(self._sides, self._sets[name], self._sizes["max_tokens"])
+            self.sides[LEARNING].freeze(True)
+            wanted = dict.fromkeys(domains[:number]) if number < len(domains) else self.sets
+            for name in filter(self.sets.get, wanted):
+                answers = await held_out(self.sides, self.sets[name], self.sizes["max_tokens"])
                 self._note("held_out", {"after": domain, "set": name, "answers": answers})
-            self._sides[LEARNING].freeze(False)
+            self.sides[LEARNING].freeze(False)
 
     async def _stream(self, domain: str, waiting: Iterator[str]) -> None:
-        for number in range(self._sizes["bursts"]):
-            chosen = list(islice(waiting, self._sizes["each"]))
+        for number in range(self.sizes["bursts"]):
+            chosen = list(islice(waiting, self.sizes["each"]))
             seen: dict[str, Any] = {"domain": domain}
             for name in [LEARNING, FIXED] if number % 2 else [FIXED, LEARNING]:
-                with self._sides[LEARNING].without_worker() if name == FIXED else nullcontext():
-                    seen[name] = await burst(
-                        self._sides[name], chosen, self._sizes["clients"], self._sizes["max_tokens"]
-                    )
-            await asyncio.sleep(self._sizes["pause"])
-            self._note("bursts", seen | {"state": self._sides[LEARNING].state()})
+                with self.sides[LEARNING].without_worker() if name == FIXED else nullcontext():
+                    seen[name] = await burst(self.sides[name], chosen, self.sizes["clients"], self.sizes["max_tokens"])
+            await asyncio.sleep(self.sizes["pause"])
+            self._note("bursts", seen | {"state": self.sides[LEARNING].state()})
 
     def _note(self, kind: str, seen: dict[str, Any]) -> None:
-        self._record[kind].append(seen)
-        self._path.write_text(json.dumps(self._record))
+        self.record[kind].append(seen)
+        self.path.write_text(json.dumps(self.record))
         if kind == "bursts":
-            speeds = {name: seen[name]["tokens"] / seen[name]["seconds"] for name in (LEARNING, FIXED)}
             state = {name: seen["state"].get(name) for name in STATE}
-            typer.echo(
-                f"{seen['domain']}: {speeds[LEARNING] / speeds[FIXED]:.2f} of {speeds[FIXED]:.0f} tok/s, {state}"
-            )
+            typer.echo(f"{seen['domain']}: {burst_speed([seen]):.2f} of {speed([seen], FIXED):.0f} tok/s, {state}")
+
+
+def speed(sample: Sequence[Mapping[str, Any]], side: str) -> float:
+    tokens, seconds = (sum(each[side][name] for each in sample) for name in ("tokens", "seconds"))
+    return float(tokens / seconds)
 
 
 def ratios(answers: Sequence[Answers]) -> dict[str, tuple[float, float, float]]:
     """How many times the fixed side's acceptance length and tokens a second the learning side has.
 
-    Each with the ends of a 95 % bootstrap interval over prompts. The acceptance length is tokens a verification, in
-    which steps without drafts count.
+    Each with the ends of a 95 % bootstrap interval over prompts.
     """
 
     def length(sample: Sequence[Answers], side: str) -> float:
-        tokens, accepted = (sum(each[side][name] for each in sample) for name in ("tokens", "accepted"))
-        return float(tokens / (tokens - accepted))
-
-    def speed(sample: Sequence[Answers], side: str) -> float:
-        tokens, seconds = (sum(each[side][name] for each in sample) for name in ("tokens", "seconds"))
-        return float(tokens / seconds)
+        return verification_length(each[side] for each in sample)
 
     def gain(of: Callable[[Sequence[Answers], str], float]) -> tuple[float, float, float]:
         return interval(answers, lambda sample: of(sample, LEARNING) / of(sample, FIXED))
@@ -162,26 +151,17 @@ def report(record: Mapping[str, Any], console: Console) -> None:
         )
 
 
-def burst_speed(bursts: Iterable[Mapping[str, Any]]) -> float:
+def burst_speed(bursts: Sequence[Mapping[str, Any]]) -> float:
     """How many times the fixed side's tokens a second the learning side has, over some bursts together."""
-    bursts = list(bursts)
-    tokens, seconds = (
-        {side: sum(each[side][name] for each in bursts) for side in (LEARNING, FIXED)} for name in ("tokens", "seconds")
-    )
-    return float(tokens[LEARNING] / seconds[LEARNING] / (tokens[FIXED] / seconds[FIXED]))
+    return speed(bursts, LEARNING) / speed(bursts, FIXED)
 
 
 def draw(record: Mapping[str, Any], path: Path) -> None:
     """Tokens a verification in each burst, eight answers at a time."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 3))
+    figure = Figure(figsize=(7, 3), layout="tight")
+    axes = figure.subplots()
     for side in (LEARNING, FIXED):
-        of_side = [each[side] for each in record["bursts"]]
-        lengths = [each["tokens"] / (each["tokens"] - each["accepted"]) for each in of_side]
+        lengths = [verification_length([each[side]]) for each in record["bursts"]]
         axes.plot(range(1, len(lengths) + 1), lengths, "o-", label=side)
     domains = [each["domain"] for each in record["bursts"]]
     for domain in dict.fromkeys(domains):
@@ -189,7 +169,6 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
         axes.text(domains.index(domain) + 0.6, axes.get_ylim()[0], domain, color="grey", va="bottom")
     axes.set(xlabel="burst", ylabel="tokens a verification")
     axes.legend()
-    figure.tight_layout()
     figure.savefig(path)
 
 
@@ -221,10 +200,7 @@ def main(
         key: [messages[-1]["content"] for messages in value[: prompts if key in domains else others]]
         for key, value in chosen.items()
     }
-    streams = {
-        key: [json.loads(line)["prompt"] for line in (data / f"{key}-stream.jsonl").read_text().splitlines()]
-        for key in domains
-    }
+    streams = {key: read_prompts([data / f"{key}-stream.jsonl"]) for key in domains}
     record = {"command": sys.argv[1:], "environment": environment(), "model": model, "bursts": [], "held_out": []}
     sizes = {"bursts": bursts, "each": each, "clients": clients, "pause": pause, "max_tokens": max_tokens}
     path = RESULTS / f"{name}-{model}.json"

@@ -25,7 +25,6 @@ NONE, SCATTERED, TOGETHER = WAYS = "no prediction", "a tenth changed here and th
 
 
 def edited(text: str, share: float, way: str, rng: random.Random) -> str:
-    """A text with a share of its words replaced."""
     words = text.split(" ")
     count = max(round(share * len(words)), 1)
     first = rng.randrange(len(words) - count + 1)
@@ -36,7 +35,6 @@ def edited(text: str, share: float, way: str, rng: random.Random) -> str:
 
 
 def ask(client: httpx.Client, body: dict[str, Any]) -> tuple[str, float]:
-    """The answer, and how long it took."""
     started = time.perf_counter()
     response = client.post("/v1/chat/completions", json=body)
     seconds = time.perf_counter() - started

@@ -7,7 +7,6 @@ into chunks; the second half of a chunk's positions count, as llama.cpp has it, 
 
 from __future__ import annotations
 
-import json
 import struct
 import subprocess
 from array import array
@@ -27,7 +26,7 @@ from rich.table import Table
 
 from benchmarks.common.environment import environment
 from benchmarks.common.in_process import engine_config, load_target
-from benchmarks.common.machine import RESULTS
+from benchmarks.common.machine import write_record
 from benchmarks.prompts.build import read_eval
 from benchmarks.prompts.sets import evaluation_files, read_sets
 from benchmarks.serve.peers import LlamaCpp, gguf_path
@@ -76,9 +75,7 @@ class Distance:
 class Chunks:
     """Log-probabilities of chunks of text by this project's model.
 
-    Args:
-        config: says in which arithmetic.
-        rows: how many positions are computed at once, after the first half.
+    ``rows``: how many positions are computed at once, after the first half.
     """
 
     def __init__(self, config: EngineConfig, rows: int) -> None:
@@ -160,7 +157,6 @@ def averages(distances: Mapping[str, Distance]) -> dict[str, dict[str, tuple[flo
 
 
 def table(sides: Mapping[str, Mapping[str, Mapping[str, tuple[float, float]]]], title: str) -> Table:
-    """``averages`` by side."""
     lines = Table("side", "text", "KL, nats", "same most likely token, %", "perplexity, % more", title=title)
     for side, of_side in sides.items():
         for domain, one in of_side.items():
@@ -194,7 +190,7 @@ def main(
         sides = {side: averages(by_domain) for side, by_domain in compare(one, texts, chunks, console).items()}
         console.print(table(sides, one))
         record[one] = sides
-    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_record(name, record)
 
 
 if __name__ == "__main__":

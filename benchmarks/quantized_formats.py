@@ -50,13 +50,11 @@ PROMPT = list(range(3, 35))
 
 
 def checkpoint(way: Way, directory: Path) -> ModelFiles:
-    """Random weights of ``SHAPE`` in a format."""
     made, _ = replace(way, family="qwen3", model=tuple(SHAPE.items())).make(directory)
     return made
 
 
 def gguf_of(kind: GGMLQuantizationType, directory: Path) -> ModelFiles:
-    """Random weights of ``SHAPE`` in a type of GGUF."""
     plain = make_directory(directory / "plain", "qwen3", **SHAPE)
     return make_gguf(directory / "model.gguf", plain.path, kind)
 

@@ -17,7 +17,7 @@ import typer
 import uvloop
 from gguf import GGMLQuantizationType
 
-from benchmarks.common.process import LOGS, Launch, free_port, running
+from benchmarks.common.process import Launch, running
 from benchmarks.prompts.build import read_eval
 from benchmarks.serve.peers import PEERS, SIDES, gguf_path
 from engine.models.families.known import spec_from_config
@@ -95,7 +95,6 @@ def _add_tokenizer(writer: gguf.GGUFWriter, file: GGUFFile) -> None:
 
 
 def launch(side: str, model: Path, concurrency: int, port: int) -> Launch:
-    """How to start a side."""
     started = SIDES[side].launch(str(model), concurrency, port)
     options = ["--engine.speculation.method", "none"] if side == "evospec" else []
     return Launch([*started.command, *options], started.environment, started.directory)
@@ -103,11 +102,11 @@ def launch(side: str, model: Path, concurrency: int, port: int) -> Launch:
 
 def tokens_per_second(side: str, model: Path, concurrency: int) -> float:
     """Of so many streams at once, without their prompts being known to the server."""
-    port = free_port()
     prompts = [prompt.messages for prompt in read_eval()]
-    with running(launch(side, model, concurrency, port), port, LOGS / f"random-model-{side}-{concurrency}.log"):
+    name = f"random-model-{side}-{concurrency}"
+    with running(lambda port: launch(side, model, concurrency, port), name) as (url, _):
         options = LoadOptions(
-            url=f"http://127.0.0.1:{port}",
+            url=url,
             model=model.stem,
             concurrency=concurrency,
             num_requests=concurrency * 2,

@@ -7,8 +7,9 @@ step, and the share of the whole step in brackets.
 
 from __future__ import annotations
 
-import json
 import time
+from collections.abc import Sequence
+from itertools import cycle, islice
 from statistics import median
 from typing import Annotated, Any
 
@@ -17,15 +18,12 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common.environment import environment
-from benchmarks.common.machine import RESULTS
+from benchmarks.common.in_process import Engine, Turn
+from benchmarks.common.machine import write_record
 from benchmarks.prompts.build import read_eval
 from engine.config import EngineConfig, ModelConfig, SchedulerConfig, SpeculationConfig
-from engine.core import EngineCore
-from engine.messages import EngineRequest, Grammar, SamplingParams, StepTimings
-from engine.models.registry import resolve_model, validate_model_files
-from engine.text.tokenizer import Tokenizer
+from engine.messages import Grammar, SamplingParams, StepTimings
 
-CLIENT = b"benchmark"
 PROMPT_TOKENS = 48
 PENALTIES = {"repetition_penalty": 1.1, "presence_penalty": 0.3, "frequency_penalty": 0.2}
 PARAMETERS: dict[str, dict[str, Any]] = {
@@ -44,44 +42,27 @@ PARAMETERS: dict[str, dict[str, Any]] = {
 }
 
 
-class Engine:
-    """An engine, of the model alone or with drafts, and prompts for it."""
-
-    def __init__(self, model: str, max_sequences: int, drafts: bool) -> None:
-        config = EngineConfig(
-            model=ModelConfig(name=model, max_model_len=1024),
-            scheduler=SchedulerConfig(max_num_seqs=max_sequences),
-            speculation=SpeculationConfig() if drafts else SpeculationConfig(method="none"),
-        )
-        files = resolve_model(config.model)
-        self.core = EngineCore(config, files, validate_model_files(files))
-        tokenizer = Tokenizer.from_files(files)
-        texts = [prompt.messages[-1]["content"] for prompt in read_eval()]
-        self.prompts = [ids[:PROMPT_TOKENS] for text in texts if len(ids := tokenizer.encode(text)) >= PROMPT_TOKENS]
-
-    def decode_steps(self, parameters: dict[str, Any], sequences: int, num_steps: int) -> list[StepTimings]:
-        """The timings of steps in which all ``sequences`` decode."""
-        params = {"ignore_eos": True, "max_tokens": num_steps + 8, **parameters}
-        for i in range(sequences):
-            prompt = self.prompts[i % len(self.prompts)]
-            sampling = SamplingParams(seed=i, **params)
-            self.core.add(
-                CLIENT, EngineRequest(request_id=str(i), prompt_token_ids=prompt, sampling=sampling, tenant="benchmark")
-            )
-        steps: list[StepTimings] = []
-        started: set[str] = set()
-        finished = 0
-        while finished < sequences:
-            all_decode = len(started) == sequences and not finished
-            outputs, timings = self.core.step()
-            if timings is None:
-                time.sleep(self.core.patience())
-                continue
-            if all_decode:
-                steps.append(timings)
-            started.update(output.request_id for output in outputs[CLIENT])
-            finished += sum(output.finish_reason is not None for output in outputs[CLIENT])
-        return steps
+def decode_steps(
+    engine: Engine, prompts: Sequence[list[int]], parameters: dict[str, Any], sequences: int, num_steps: int
+) -> list[StepTimings]:
+    """The timings of steps in which all ``sequences`` decode."""
+    params = {"ignore_eos": True, "max_tokens": num_steps + 8, **parameters}
+    for seed, prompt in enumerate(islice(cycle(prompts), sequences)):
+        engine.start(Turn(prompt), SamplingParams(seed=seed, **params))
+    steps: list[StepTimings] = []
+    started: set[str] = set()
+    finished = 0
+    while finished < sequences:
+        all_decode = len(started) == sequences and not finished
+        outputs, timings = engine.step()
+        if timings is None:
+            time.sleep(engine.core.patience())
+            continue
+        if all_decode:
+            steps.append(timings)
+        started.update(output.request_id for output in outputs)
+        finished += sum(output.finish_reason is not None for output in outputs)
+    return steps
 
 
 def main(
@@ -98,8 +79,15 @@ def main(
     counts = sequences or [1, 4, 8, 32]
     settings = {"model": model, "drafts": drafts, "steps": steps}
     record: dict[str, Any] = {"environment": environment(), "settings": settings, "results": {}}
-    engine = Engine(model, max(counts), drafts)
-    engine.decode_steps({}, max(counts), 4)  # warm up
+    config = EngineConfig(
+        model=ModelConfig(name=model, max_model_len=1024),
+        scheduler=SchedulerConfig(max_num_seqs=max(counts)),
+        speculation=SpeculationConfig() if drafts else SpeculationConfig(method="none"),
+    )
+    engine = Engine(config)
+    texts = (engine.tokenizer.encode(prompt.messages[-1]["content"]) for prompt in read_eval())
+    prompts = [tokens[:PROMPT_TOKENS] for tokens in texts if len(tokens) >= PROMPT_TOKENS]
+    decode_steps(engine, prompts, {}, max(counts), 4)  # warm up
     console = Console(width=150)
     title = f"{model}, {'drafts where they pay' if drafts else 'no drafts'}: sampling, ms (share of a step)"
     table = Table("parameters", *(f"{count} at once" for count in counts), title=title)
@@ -108,7 +96,7 @@ def main(
             continue
         cells: dict[int, dict[str, float]] = {}
         for count in counts:
-            timings = engine.decode_steps(parameters, count, steps)
+            timings = decode_steps(engine, prompts, parameters, count, steps)
             sample = median(t.sample for t in timings)
             whole = median(t.schedule + t.draft + t.forward + t.sample + t.commit for t in timings)
             rows = sum(t.num_tokens for t in timings) / len(timings)
@@ -116,9 +104,7 @@ def main(
         record["results"][kind] = cells
         table.add_row(kind, *(_cell(cells[count]) for count in counts))
     console.print(table)
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    name = name or ("sampling-drafts" if drafts else "sampling")
-    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_record(name or ("sampling-drafts" if drafts else "sampling"), record)
 
 
 def _cell(result: dict[str, float]) -> str:

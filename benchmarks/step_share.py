@@ -7,31 +7,45 @@ token, which are drafted one by one here; ``observe`` is what a verified step co
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from statistics import median
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common.drafted_batch import DraftedBatch, Target, load_draft, load_target
 from benchmarks.common.environment import environment
-from benchmarks.common.machine import RESULTS
-from benchmarks.common.time_limit import bounded
-from benchmarks.prompts.short import mixed_prompts
-from engine.loader import LoadedModel
+from benchmarks.common.in_process import MAX_MODEL_LEN
+from benchmarks.common.machine import write_record
+from benchmarks.prompts.sets import mixed_prompts
+from engine.config import CacheConfig, EngineConfig, ModelConfig
+from engine.loader import LoadedModel, load
 from engine.messages import SamplingParams
+from engine.model_runner import ModelRunner
+from engine.models import eagle3
+from engine.models.config import ModelFiles
+from engine.models.registry import resolve_model, validate_model_files
+from engine.request import Request
+from engine.sampling.choose import choose_tokens
+from engine.speculation.draft_files import DRAFTS
+from engine.speculation.drafters.base import Draft
+from engine.speculation.drafters.draft_model import DraftModel
+from engine.speculation.drafters.eagle import EagleDraft
 from engine.speculation.drafters.head import DraftHead
+from engine.step_plan import DraftSlot, ScheduledSequence
+from engine.text.tokenizer import Tokenizer
 
 ROWS = (0, 32768, 8192, 2048)
 """0: all."""
 CHAIN = 4
 WARMUP_STEPS = 3
+_Item = TypeVar("_Item")
 
 
 class TimedHead(DraftHead):
@@ -45,7 +59,6 @@ class TimedHead(DraftHead):
         """Token by token: a chain in one call has no parts to time."""
 
     def choose(self, *arguments: Any, **keywords: Any) -> list[int]:
-        """As ``DraftHead``."""
         started = time.perf_counter()
         choices = super().choose(*arguments, **keywords)
         self.seconds += time.perf_counter() - started
@@ -64,35 +77,113 @@ class Split:
 
     @property
     def head_share(self) -> float:
-        """Of the draft step."""
         return self.head / (self.head + self.layer)
 
 
+@dataclass(frozen=True)
+class Target:
+    config: EngineConfig
+    files: ModelFiles
+    loaded: LoadedModel
+    tokenizer: Tokenizer
+
+
+def load_target(model: str) -> Target:
+    config = EngineConfig(model=ModelConfig(name=model, max_model_len=MAX_MODEL_LEN))
+    files = resolve_model(config.model)
+    loaded = load(config, files, validate_model_files(files))
+    return Target(config, files, loaded, Tokenizer.from_files(files))
+
+
+def load_draft(target: Target, method: str, draft: str | None, rows: int) -> tuple[Draft, TimedHead]:
+    """A draft, and its head of ``rows`` tokens (0: all); ``draft`` is as in ``SpeculationConfig``."""
+    cache = target.config.cache
+    if method == "draft_model":
+        assert draft is not None, "a draft model needs a name"
+        model = target.config.model.model_copy(update={"name": draft})
+        files = resolve_model(model)
+        config = target.config.model_copy(update={"model": model})
+        loaded = load(config, files, validate_model_files(files), target.loaded.team)
+        head = TimedHead(loaded, rows)
+        return DraftModel(loaded, draft, cache, head), head
+    directory = DRAFTS / target.files.name if draft is None else Path(draft).expanduser()
+    weights = eagle3.load_draft(directory, target.loaded.dtype, target.loaded.device)
+    head = TimedHead(target.loaded, rows)
+    return EagleDraft(weights, directory.name, target.loaded, cache, head), head
+
+
 class Bench:
-    """A draft with a head of some rows, and sequences to draft for."""
+    """Sequences that draft and verify, but go on by one token a step, so that every position gets a chain.
+
+    While a draft has not caught up with long prompts, chains are shorter. ``num_steps``: how many are taken at most.
+    """
 
     def __init__(
-        self, target: Target, method: str, draft: str | None, rows: int, prompts: Sequence[list[int]], steps: int
+        self, target: Target, draft: Draft, head: TimedHead, prompts: Sequence[list[int]], num_steps: int
     ) -> None:
-        heads: list[TimedHead] = []
-
-        def make_head(loaded: LoadedModel) -> DraftHead:
-            heads.append(TimedHead(loaded, rows))
-            return heads[0]
-
-        sampling = [SamplingParams(max_tokens=steps, seed=0, temperature=0.0, ignore_eos=True)] * len(prompts)
-        loaded = load_draft(target, method, draft, make_head)
-        self._head = heads[0]
-        self._batch = DraftedBatch(target, loaded, prompts, sampling, CHAIN, steps)
+        blocks_each = -(-(max(map(len, prompts)) + num_steps + CHAIN + 2) // target.config.cache.block_size)
+        self._team, self._head = target.loaded.team, head
+        self._runner = ModelRunner(target.loaded, CacheConfig(num_blocks=blocks_each * len(prompts)))
+        self._proposer = draft.make_proposer(self._runner.num_blocks)
+        self._propose_seconds = self._observe_seconds = 0.0
+        self._sequences: list[tuple[Request, array[int]]] = []
+        sampling = SamplingParams(max_tokens=num_steps, seed=0, temperature=0.0, ignore_eos=True)
+        for index, prompt in enumerate(prompts):
+            blocks = array("i", range(index * blocks_each, (index + 1) * blocks_each))
+            self._sequences.append((Request(str(index), b"", "benchmark", sampling, prompt), blocks))
+        for request, blocks in self._sequences:
+            self._verify([ScheduledSequence(request, 0, request.prompt_token_ids, 0, 0, 1, blocks)])
 
     def measure(self, steps: int) -> tuple[float, float, float]:
         """Seconds of (head, layer) for each draft token, and of observing a step."""
-        head, propose, observe = self._head.seconds, self._batch.propose_seconds, self._batch.observe_seconds
+        head, propose, observe = self._head.seconds, self._propose_seconds, self._observe_seconds
         for _ in range(steps):
-            self._batch.step()
+            self._step()
         tokens = steps * CHAIN
-        head, propose = self._head.seconds - head, self._batch.propose_seconds - propose
-        return head / tokens, (propose - head) / tokens, (self._batch.observe_seconds - observe) / steps
+        head, propose = self._head.seconds - head, self._propose_seconds - propose
+        return head / tokens, (propose - head) / tokens, (self._observe_seconds - observe) / steps
+
+    def _step(self) -> None:
+        """Draft, verify, and append the target's own next token."""
+        started = time.perf_counter()
+        self._proposer.propose([DraftSlot(request, CHAIN, blocks) for request, blocks in self._sequences])
+        self._propose_seconds += time.perf_counter() - started
+        steps = []
+        for request, blocks in self._sequences:
+            drafts = request.draft_token_ids
+            tokens = [request.all_token_ids[-1], *drafts]
+            steps.append(
+                ScheduledSequence(request, request.num_computed_tokens, tokens, len(drafts), 0, len(tokens), blocks)
+            )
+        self._verify(steps)
+
+    def _verify(self, steps: Sequence[ScheduledSequence]) -> None:
+        logits, features = self._runner.execute(steps, self._proposer.capture_layers)
+        started = time.perf_counter()
+        self._proposer.after_verification(steps, [1] * len(steps), features)
+        self._observe_seconds += time.perf_counter() - started
+        end = 0
+        for step in steps:
+            begin, end = end, end + step.num_logits
+            request = step.request
+            position = request.num_tokens
+            [token] = choose_tokens(logits[begin : begin + 1], [request.sampling], [position], team=self._team)
+            request.num_computed_tokens = position
+            request.all_token_ids.append(token)
+            request.output_token_ids.append(token)
+            request.draft_token_ids = []
+
+
+def bounded(items: Iterable[_Item], seconds: float, clock: Callable[[], float] = time.monotonic) -> Iterator[_Item]:
+    """The items until another one, if it took as long as the longest before it, would end later than ``seconds``."""
+    start = before = clock()
+    longest = 0.0
+    for item in items:
+        if before - start + longest > seconds:
+            return
+        yield item
+        now = clock()
+        longest, before = max(longest, now - before), now
 
 
 def measure(
@@ -102,7 +193,7 @@ def measure(
     prompts = [target.tokenizer.encode_messages(prompt.messages) for prompt in mixed_prompts(target.files.name, batch)]
     total = WARMUP_STEPS + rounds * steps
     rows = [count for count in ROWS if count < target.loaded.spec.vocab_size]
-    benches = {count: Bench(target, method, draft, count, prompts, total) for count in rows}
+    benches = {count: Bench(target, *load_draft(target, method, draft, count), prompts, total) for count in rows}
     for bench in benches.values():
         bench.measure(WARMUP_STEPS)
     taken: dict[int, list[tuple[float, float, float]]] = {count: [] for count in rows}
@@ -114,7 +205,6 @@ def measure(
 
 
 def table_of(model: str, description: str, splits: Sequence[Split]) -> Table:
-    """A line for each vocabulary and batch size."""
     table = Table("sequences", "rows of the head", title=f"{model}, {description}: one draft token of each sequence")
     for header in ("head ms", "layer ms", "head's share", "observe ms a step"):
         table.add_column(header, justify="right")
@@ -149,8 +239,7 @@ def main(
         splits = [split for size in sizes for split in measure(target, method, draft, size, rounds, steps, seconds)]
         console.print(table_of(each, f"{method} {draft or 'draft'}", splits))
         record["models"][each] = [asdict(split) | {"head_share": split.head_share} for split in splits]
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_record(name, record)
 
 
 if __name__ == "__main__":

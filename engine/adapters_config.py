@@ -17,7 +17,6 @@ from engine.options import Section
 from engine.redis_clients import check_url
 
 RedisUrl = Annotated[str, AfterValidator(check_url)]
-"""See ``engine.redis_clients``."""
 
 LoraTarget = Literal["q", "k", "v", "o", "down"]
 """Projections of the draft that an adapter can change; q, k and v are rows of one matrix."""
@@ -289,10 +288,8 @@ class AdaptersConfig(Section):
 
     @property
     def ring_path(self) -> Path:
-        """Of the feature ring."""
         return self.shared_directory / "features"
 
     @property
     def channel_path(self) -> Path:
-        """Of the weight channel."""
         return self.shared_directory / "weights"

@@ -27,14 +27,12 @@ class BlockPool:
         return len(self._free)
 
     def ref_count(self, block_id: int) -> int:
-        """How many users a block has."""
         return self._ref_counts[block_id]
 
     def allocate(self, count: int) -> list[int]:
         """Take free blocks, each with one user; cached prefixes in them are forgotten.
 
-        Raises:
-            ValueError: fewer than ``count`` blocks are free; nothing was changed.
+        ``ValueError`` if fewer are free; nothing was changed.
         """
         if count > len(self._free):
             raise ValueError(f"{count} blocks wanted, {len(self._free)} free")
@@ -57,8 +55,7 @@ class BlockPool:
     def free(self, block_ids: Iterable[int]) -> None:
         """Take a user away from each block; those freed first are reused first, so give a sequence's tail first.
 
-        Raises:
-            ValueError: a block has no user.
+        ``ValueError`` if a block has none.
         """
         for block_id in block_ids:
             if self._ref_counts[block_id] == 0:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
+from uuid import uuid4
 
 import msgspec
 import structlog
-import torch
 
-from engine.batch import Features
 from engine.config import EngineConfig
 from engine.gpu_memory import gpu_reserve
 from engine.loader import LoadedModel
-from engine.messages import EngineOutput, EngineRequest, EngineStats, ErrorKind, StepTimings
+from engine.messages import EngineOutput, EngineReady, EngineRequest, EngineStats, ErrorKind, StepTimings
 from engine.model_runner import ModelRunner
 from engine.models.config import ModelFiles, ModelSpec
+from engine.prompt_embeddings import take_embedding
 from engine.request import Arrivals, Request, engine_request_id
 from engine.sampling.constrained import ConstrainedRequests
 from engine.sampling.gpu_choices import GpuChoices
@@ -27,9 +27,8 @@ from engine.speculation.drafters.base import Draft
 from engine.speculation.drafters.lookup import are_predicted
 from engine.speculation.length.costs import StepCosts
 from engine.speculation.speculator import Speculator
-from engine.step_clock import StepClock
-from engine.step_plan import Reservation, SchedulerOutput
-from engine.tensor_parallel.model import load_target
+from engine.step_plan import SchedulerOutput, StepClock
+from engine.tensor_parallel.processes import load_target
 from engine.text.tokenizer import Tokenizer
 from engine.truncation import Truncation
 from engine.verification import Verification
@@ -48,12 +47,8 @@ Outputs = defaultdict[bytes, list[EngineOutput]]
 class EngineCore:
     """A model, its KV cache and its requests. One thread calls ``add``, ``abort`` and ``step``.
 
-    Args:
-        config: all options.
-        files: the target.
-        spec: its shape.
-        draft: what drafts, in place of what the configuration asks for.
-        target: loaded already, as the configuration asks for it; engines that share it take turns with their steps.
+    ``draft``: in place of what the configuration asks for. ``target``: loaded already, as the configuration asks for
+    it; engines that share it take turns with their steps.
     """
 
     def __init__(
@@ -65,46 +60,55 @@ class EngineCore:
         target: LoadedModel | None = None,
     ) -> None:
         loaded = target or load_target(config, files, spec)
-        self.spec = spec
-        self.max_model_len = loaded.max_model_len
-        self.dtype = str(loaded.dtype).removeprefix("torch.")
-        self.attention_backend = loaded.backend
-        self._tokenizer = Tokenizer.from_files(files)
-        draft = draft or load_draft(config, loaded, files, self._tokenizer)
+        tokenizer = Tokenizer.from_files(files)
+        draft = draft or load_draft(config, loaded, files, tokenizer)
         reserved = 0
         if loaded.device.type == "cuda":
-            reserved = gpu_reserve(config, spec, loaded.dtype.itemsize, draft is not None).total
+            reserved = sum(gpu_reserve(config, spec, loaded.dtype.itemsize, draft is not None))
         self._runner = ModelRunner(loaded, config.cache, draft.costs.bytes_per_block if draft else 0, reserved)
-        self.num_blocks = self._runner.num_blocks
-        self.draft = draft.description if draft else None
-        self.draft_bytes = draft.costs.total(self.num_blocks) if draft else 0
         self._speculator: Speculator | None = None
         self.step_costs: StepCosts | None = None
         """None without drafts, or where their lengths are fixed."""
         if draft is not None:
-            self._speculator, self.step_costs = make_speculator(config, draft, self._runner, self.max_model_len)
-        self.vocabulary = self._tokenizer.fingerprint()
-        """Fingerprint of the model's tokens."""
-        self.kv_bytes = self._runner.kv_bytes
+            self._speculator, self.step_costs = make_speculator(config, draft, self._runner, loaded.max_model_len)
+        self._capture = self._speculator.capture_layers if self._speculator is not None else ()
         # What a draft keeps lies in the target's blocks, and it may read all of it, or write to it later.
         window = spec.window if draft is None or not draft.costs.bytes_per_block else None
-        sizes = self.num_blocks, self.max_model_len
+        sizes = self._runner.num_blocks, loaded.max_model_len
         self._scheduler = Scheduler(config.scheduler, config.cache, *sizes, window, loaded.reads_prompts_apart)
         most = config.scheduler.max_num_seqs + config.scheduler.max_waiting
-        self._constrained = ConstrainedRequests(GrammarPool(self._tokenizer, num_slots=most))
+        self._grammars = GrammarPool(tokenizer, num_slots=most)
+        self._constrained = ConstrainedRequests(self._grammars)
         on_gpu: GpuChoices | None = None
         if loaded.device.type == "cuda":
             on_gpu = GpuChoices(self._runner.vocab_size, loaded.device, has_graphs=loaded.cuda_graphs)
-        self._verifier = Verifier(self._tokenizer, self.max_model_len, loaded.team, on_gpu)
+        self._verifier = Verifier(tokenizer, loaded.max_model_len, loaded.team, on_gpu)
         self._arrivals = Arrivals(spec.vocab_size)
         self._refused: Outputs = defaultdict(list)
         self._num_nonfinite = 0
         self._is_stalled = False
         """Whether nobody could compute anything in the last step."""
+        self.introduction = EngineReady(
+            epoch=uuid4().hex,
+            model=config.model.served_name or files.name,
+            max_model_len=loaded.max_model_len,
+            vocab_size=spec.vocab_size,
+            num_blocks=self._runner.num_blocks,
+            block_size=config.cache.block_size,
+            max_num_seqs=config.scheduler.max_num_seqs,
+            dtype=str(loaded.dtype).removeprefix("torch."),
+            attention_backend=loaded.backend,
+            kv_bytes=self._runner.kv_bytes,
+            draft=draft.description if draft else None,
+            num_speculative_tokens=config.speculation.num_speculative_tokens,
+            draft_bytes=draft.costs.total(self._runner.num_blocks) if draft else 0,
+            vocabulary=tokenizer.fingerprint(),
+        )
+        """What a server has to know of it."""
 
     def start_grammars(self) -> None:
         """Load what grammars need beside the engine, before the first request wants one."""
-        self._constrained.start()
+        self._grammars.start()
 
     def add(self, client_id: bytes, message: EngineRequest) -> None:
         """Take a request; a later step's outputs say so if it cannot be served."""
@@ -113,18 +117,18 @@ class EngineCore:
         except ValueError as error:
             self._tell_error(client_id, message.request_id, str(error))
             return
-        if request.request_id in self._verifier or request.request_id in self._constrained.waiting:
+        if request.request_id in self._scheduler.requests or request.request_id in self._grammars.waiting:
             log.error("a client has used an id twice", request=request.request_id)  # the first one goes on
             return
         if message.sampling.grammar is not None:
-            self._constrained.add(request)
+            self._grammars.add(request)
         else:
             self._enqueue(request)
 
     def abort_client(self, client_id: bytes) -> None:
         """End all requests of a client that has gone away."""
         prefix = engine_request_id(client_id, "")
-        requests = [*self._verifier, *self._constrained.waiting]
+        requests = [*self._scheduler.requests, *self._grammars.waiting]
         self.abort(client_id, [r.removeprefix(prefix) for r in requests if r.startswith(prefix)])
 
     def abort(self, client_id: bytes, request_ids: Iterable[str]) -> None:
@@ -139,7 +143,7 @@ class EngineCore:
             return 0.0
         if self._scheduler.has_work():
             return _STALLED_PATIENCE if self._is_stalled else 0.0
-        return _COMPILING_PATIENCE if self._constrained.waiting else _IDLE_PATIENCE
+        return _COMPILING_PATIENCE if self._grammars.waiting else _IDLE_PATIENCE
 
     def stats(self) -> EngineStats:
         stats = msgspec.structs.replace(self._scheduler.stats(), nonfinite_sequences=self._num_nonfinite)
@@ -158,21 +162,21 @@ class EngineCore:
         if not self._scheduler.has_work():
             return outputs, None
         clock = StepClock()
-        reservation = self._scheduler.reserve(self._speculator)
+        decodes, slots = self._scheduler.reserve(self._speculator)
         clock.lap("schedule")
         if self._speculator is not None:
-            self._speculator.draft(reservation.slots)
+            self._speculator.draft(slots)
         clock.lap("draft")
-        plan = self._plan(reservation)
+        plan = self._plan(decodes)
         clock.lap("schedule")
         if self._is_stalled:
             return outputs, None
-        logits, features = self._forward(plan)
+        logits, features = self._runner.execute(plan.sequences, self._capture)
         clock.lap("forward")
         self._constrained.wait(plan.sequences)
         verified = self._verifier.verify(plan.sequences, logits)
         clock.lap("sample")
-        vocabulary = self._learn(verified, logits, features)
+        vocabulary = self._speculator.learn(verified, logits, features) if self._speculator is not None else 0.0
         clock.lap("draft")
         self._emit(verified, outputs)
         clock.lap("commit")
@@ -181,20 +185,15 @@ class EngineCore:
             self._speculator.record_step(plan, clock.seconds, clock.seconds_without("draft"))
         return outputs, clock.timings(plan, vocabulary)
 
-    def _plan(self, reservation: Reservation) -> SchedulerOutput:
+    def _plan(self, decodes: dict[Request, int]) -> SchedulerOutput:
         """The rest of the step; masks of grammars are asked for."""
-        plan = self._scheduler.schedule(reservation)
+        plan = self._scheduler.schedule(decodes)
         self._is_stalled = not plan.sequences
-        self._constrained.ask(plan.sequences)
+        self._constrained.ask()
         if self._speculator is not None:
             for request in plan.preempted:
                 self._speculator.preempted(request)
         return plan
-
-    def _forward(self, plan: SchedulerOutput) -> tuple[torch.Tensor, Features | None]:
-        """The target's logits, and the features that drafts want."""
-        capture = self._speculator.capture_layers if self._speculator else ()
-        return self._runner.execute(plan.sequences, capture)
 
     def _enqueue(self, request: Request) -> None:
         for other in self._scheduler.in_the_way_of(request):
@@ -202,16 +201,13 @@ class EngineCore:
         try:
             self._scheduler.add(request)
             self._verifier.add(request)
-        except Exception as error:
-            self._refuse(request, error)
-
-    def _refuse(self, request: Request, failure: Exception) -> None:
-        kind: ErrorKind = "overloaded" if isinstance(failure, QueueFull) else "invalid"
-        reason = str(failure)
-        if not isinstance(failure, (QueueFull, RequestTooLong)):
-            log.error("a request cannot be taken", request=request.request_id, exc_info=failure)
-            kind, reason = "internal", "The request cannot be taken."
-        self._end(request, reason, kind)
+        except QueueFull as error:
+            self._end(request, str(error), "overloaded")
+        except RequestTooLong as error:
+            self._end(request, str(error))
+        except Exception:
+            log.exception("a request cannot be taken", request=request.request_id)
+            self._end(request, "The request cannot be taken.", "internal")
 
     def _end(self, request: Request, reason: str, kind: ErrorKind = "invalid") -> None:
         """End a request with an error that its next output tells."""
@@ -226,19 +222,11 @@ class EngineCore:
 
     def _follow_grammars(self) -> None:
         """Requests begin that waited for their grammar, and end that cannot go on with it."""
-        for request, error in self._constrained.take_ready():
+        for request, error in self._constrained.follow():
             if error is None:
                 self._enqueue(request)
             else:
                 self._end(request, error)
-        for request, error in self._constrained.take_failed():
-            self._end(request, error)
-
-    def _learn(self, verified: list[Verification], logits: torch.Tensor, features: Features | None) -> float:
-        """Let drafts follow the step; returns the seconds that vocabularies took."""
-        if self._speculator is None:
-            return 0.0
-        return self._speculator.learn(verified, logits, features)
 
     def _emit(self, verified: list[Verification], outputs: Outputs) -> None:
         """Commit the step, and say what each output has got."""
@@ -260,18 +248,19 @@ class EngineCore:
         if finish_reason == "error":
             self._num_nonfinite += 1
             log.error("logits are not finite", request=request.request_id, num_tokens=request.num_tokens)
-        elif not finished:
-            self._constrained.commit(request, kept)
+        elif not finished and request.grammar is not None:
+            request.grammar.commit(kept)
         snapshot, counts = self._speculator.finish(request) if finished and self._speculator else (None, None)
         logprobs = None if choice.logprobs is None else choice.logprobs[: truncation.num_kept]
         if logprobs is not None and self._speculator is not None:
             logprobs = self._speculator.with_sources(one, logprobs)
+        prompt_logprobs, request.prompt_logprobs = request.prompt_logprobs, None
         output = EngineOutput(
             request_id=request.client_request_id,
             token_ids=kept,
             logprobs=logprobs,
-            prompt_logprobs=self._verifier.take_prompt_logprobs(request) if is_first else None,
-            embedding=self._runner.embeddings.take(request) if is_first else None,
+            prompt_logprobs=prompt_logprobs,
+            embedding=take_embedding(request) if is_first else None,
             finish_reason=finish_reason,
             error=_NOT_FINITE if finish_reason == "error" else None,
             stop_reason=truncation.stop_reason,
@@ -292,8 +281,6 @@ class EngineCore:
 
     def _forget(self, engine_id: str, request: Request | None) -> None:
         """``request``: None for one that has not begun, or has ended."""
-        self._verifier.forget(engine_id)
-        self._runner.embeddings.forget(engine_id)
         self._constrained.forget(engine_id)
         if self._speculator is not None and request is not None:
             self._speculator.forget(request)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from engine.draft_vocab.snapshot import SessionSnapshot
     from engine.messages import SessionState
-    from engine.online.unwritten_steps import UnwrittenSteps
+    from engine.online.verify_record import UnwrittenSteps
 
 NONE = -1
 """No slot."""

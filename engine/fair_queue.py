@@ -20,9 +20,7 @@ class FairQueue:
     the least service of those that wait, or of the last one served if none does, so that idle time
     earns no credit. A tenant of which nothing ran either starts from there, and owes nothing from before.
     This is the virtual token counter (VTC) of Sheng et al., "Fairness in Serving Large Language Models",
-    OSDI 2024, but for what is owed.
-
-    A preempted request waits at the front of its tenant's queue. A stalled one is passed over as long as it is.
+    OSDI 2024, but for what is owed. A stalled request is passed over as long as it is.
     """
 
     def __init__(self) -> None:
@@ -40,7 +38,6 @@ class FairQueue:
         return self._queues.keys()
 
     def waiting_by_tenant(self) -> dict[str, int]:
-        """Requests waiting, for each tenant that has any."""
         return {tenant: len(queue) for tenant, queue in self._queues.items()}
 
     def has_share(self, tenant: str, size: int) -> bool:
@@ -50,9 +47,7 @@ class FairQueue:
     def append(self, request: Request, is_idle: bool) -> None:
         """Put a new request at the end of its tenant's queue.
 
-        Args:
-            request: it waits nowhere yet.
-            is_idle: nothing of its tenant runs; if nothing waits either, it owes nothing from before.
+        ``is_idle``: nothing of its tenant runs; if nothing waits either, it owes nothing from before.
         """
         if is_idle and request.tenant not in self._queues:
             self._service.pop(request.tenant, None)
@@ -74,19 +69,14 @@ class FairQueue:
         return [request for request in ready if self._service[request.tenant] == least]
 
     def remove(self, request: Request) -> None:
-        """Take out a waiting request.
-
-        Raises:
-            KeyError: nothing of its tenant waits.
-            ValueError: it does not wait.
-        """
+        """Take out a waiting request; ``KeyError`` or ``ValueError`` if it does not wait."""
         queue = self._queues[request.tenant]
         queue.remove(request)
         if not queue:
             del self._queues[request.tenant]
 
     def take(self, request: Request) -> None:
-        """Take out a request because its turn has come; raises as ``remove``."""
+        """Take out a request because its turn has come."""
         self.remove(request)
         self._last_tenant = request.tenant
 

@@ -5,7 +5,7 @@ All of it is taken after the cache's size is fixed, so none of it can be measure
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from engine.config import EngineConfig
 from engine.models.config import ModelSpec
@@ -28,9 +28,8 @@ _DRAFTED_BYTES = 4 * 2**20
 _GRAPH_NODE_BYTES, _NODES_A_LAYER = 2048, 60
 
 
-@dataclass(frozen=True)
-class GpuReserve:
-    """Bytes of each kind."""
+class GpuReserve(NamedTuple):
+    """Bytes of each kind; all of them are to be kept free of KV cache."""
 
     activations: int
     """Of the largest step."""
@@ -40,13 +39,9 @@ class GpuReserve:
     """Of attention and matrix products."""
     graphs: int
 
-    @property
-    def total(self) -> int:
-        return self.activations + self.logits + self.workspaces + self.graphs
-
 
 def gpu_reserve(config: EngineConfig, spec: ModelSpec, element: int, has_draft: bool) -> GpuReserve:
-    """What to keep free of KV cache.
+    """What a GPU needs besides weights and KV cache.
 
     Args:
         config: how many tokens and sequences a step may have.
@@ -83,16 +78,12 @@ def _activation_bytes(spec: ModelSpec, element: int) -> int:
     return stream + features + max(4 * spec.intermediate_size * element, heads * (2 * element + 3 * 4))
 
 
-def _num_wrappers(spec: ModelSpec, drafted: int) -> int:
-    """flashinfer's: two for plain steps and one a graph, for each window of the target; and the draft's."""
-    plain = 2 + len(GRAPH_SIZES)
-    of_draft = plain + len(CHAIN_SIZES) * (drafted - 1) if drafted else 0
-    return len(set(spec.windows)) * plain + of_draft
-
-
 def _workspace_bytes(spec: ModelSpec, drafted: int) -> int:
-    attention = ATTENTION_WORKSPACE * (2 if drafted else 1)
-    return attention + _num_wrappers(spec, drafted) * _PLAN_WORKSPACE + _STREAMS * _CUBLAS_WORKSPACE
+    """flashinfer has two wrappers for plain steps and one a graph, for each window of the target; and the draft's."""
+    plain, attention = 2 + len(GRAPH_SIZES), ATTENTION_WORKSPACE * (2 if drafted else 1)
+    of_draft = plain + len(CHAIN_SIZES) * (drafted - 1) if drafted else 0
+    wrappers = len(set(spec.windows)) * plain + of_draft
+    return attention + wrappers * _PLAN_WORKSPACE + _STREAMS * _CUBLAS_WORKSPACE
 
 
 def _graph_bytes(spec: ModelSpec, max_blocks: int, drafted: int) -> int:

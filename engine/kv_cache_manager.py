@@ -5,7 +5,6 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from hashlib import blake2b
 
 from engine.block_pool import BlockPool
@@ -29,16 +28,6 @@ def hash_block(previous: bytes, token_ids: Sequence[int]) -> bytes:
     different chains are the same bytes.
     """
     return blake2b(previous + array("i", token_ids).tobytes(), digest_size=DIGEST_BYTES).digest()
-
-
-@dataclass(slots=True)
-class _Allocation:
-    """``block_ids`` in order of position; the first ``num_registered`` were offered to the prefix cache, and the first
-    ``num_returned`` given back."""
-
-    block_ids: array[int]
-    num_registered: int
-    num_returned: int = 0
 
 
 class KVCacheManager:
@@ -67,12 +56,10 @@ class KVCacheManager:
         self.prefix_caching = prefix_caching
         self._reads_prompts_apart = reads_prompts_apart
         self._pool = BlockPool(num_blocks)
-        self._allocations: dict[str, _Allocation] = {}
         self._used_by: Counter[str] = Counter()
 
     @property
     def num_blocks(self) -> int:
-        """Blocks in all."""
         return self._pool.num_blocks
 
     @property
@@ -88,17 +75,13 @@ class KVCacheManager:
         """Blocks that hold ``num_tokens`` tokens."""
         return -(-num_tokens // self.block_size)
 
-    def block_ids(self, request: Request) -> array[int]:
-        """The request's blocks, int32 in order of position; not to be changed. Others may have those given back."""
-        return self._allocations[request.request_id].block_ids
-
     def num_slots(self, request: Request) -> int:
         """Tokens that the request's blocks can hold."""
-        return len(self.block_ids(request)) * self.block_size
+        return len(request.block_ids) * self.block_size
 
     def can_grow(self, request: Request) -> bool:
         """Whether the request has a whole block beyond those of its known tokens: drafts were given one."""
-        return len(self.block_ids(request)) > self.num_blocks_for(request.num_tokens)
+        return len(request.block_ids) > self.num_blocks_for(request.num_tokens)
 
     def cached_blocks(self, request: Request) -> list[int]:
         """The blocks of the request's first tokens that the prefix cache has, for ``allocate``.
@@ -124,42 +107,33 @@ class KVCacheManager:
         return self.num_blocks_for(request.num_tokens) - len(cached) + self._num_unused(cached)
 
     def allocate(self, request: Request, num_tokens_total: int, keep_free: int = 0, cached: Sequence[int] = ()) -> bool:
-        """Give the request blocks for its first ``num_tokens_total`` tokens.
+        """Give the request blocks for its first ``num_tokens_total`` tokens, and leave ``keep_free`` blocks free.
 
-        Args:
-            request: who gets them.
-            num_tokens_total: tokens from position 0.
-            keep_free: blocks that must be left free.
-            cached: of a request without blocks, those that ``cached_blocks`` has found since blocks were given last.
-
-        Returns:
-            False if there are too few free blocks; nothing was changed.
+        ``cached``: of a request without blocks, those that ``cached_blocks`` has found since blocks were given last.
+        False if there are too few free blocks; nothing was changed.
         """
-        known = self._allocations.get(request.request_id)
-        if known is not None and num_tokens_total <= len(known.block_ids) * self.block_size:
+        if num_tokens_total <= self.num_slots(request):
             return True
-        allocation = known or _Allocation(array("i", cached), len(cached))
-        missing = max(self.num_blocks_for(num_tokens_total) - len(allocation.block_ids), 0)
+        missing = max(self.num_blocks_for(num_tokens_total) - len(request.block_ids) - len(cached), 0)
         num_new = missing + self._num_unused(cached)
         if num_new > self._pool.num_free - keep_free:
             return False
         self._pool.touch(cached)
-        allocation.block_ids.extend(self._pool.allocate(missing))
-        self._allocations[request.request_id] = allocation
+        request.block_ids.extend([*cached, *self._pool.allocate(missing)])
+        request.num_registered_blocks += len(cached)
         self._used_by[request.tenant] += num_new
         return True
 
     def after_commit(self, request: Request) -> None:
         """Offer the blocks filled by computed tokens to later requests, and give back those that it reads no more."""
-        allocation = self._allocations[request.request_id]
         if self.prefix_caching and not request.is_synthetic:
-            self._register(request, allocation)
+            self._register(request)
         if self._window is None:
             return
         first_read = request.num_computed_tokens - self._window + 1  # by the next token
-        num_returned = max(first_read // self.block_size, allocation.num_returned)
-        self._release(request.tenant, allocation.block_ids[allocation.num_returned : num_returned])
-        allocation.num_returned = num_returned
+        num_returned = max(first_read // self.block_size, request.num_returned_blocks)
+        self._release(request.tenant, request.block_ids[request.num_returned_blocks : num_returned])
+        request.num_returned_blocks = num_returned
 
     def num_computable(self, request: Request) -> int:
         """Tokens of a request that can be computed in its next step: all that are left, or those of its prompt."""
@@ -167,27 +141,26 @@ class KVCacheManager:
         end = num_prompt if self._reads_prompts_apart and num_computed < num_prompt else request.num_tokens
         return end - num_computed
 
-    def _register(self, request: Request, allocation: _Allocation) -> None:
+    def _register(self, request: Request) -> None:
         num_full = self._sharable_blocks(request, request.num_computed_tokens)
-        if num_full <= allocation.num_registered:
+        if num_full <= request.num_registered_blocks:
             return
         self._extend_hashes(request, num_full)
-        for index in range(allocation.num_registered, num_full):
-            self._pool.register(allocation.block_ids[index], request.block_hashes[index])
-        allocation.num_registered = num_full
+        for index in range(request.num_registered_blocks, num_full):
+            self._pool.register(request.block_ids[index], request.block_hashes[index])
+        request.num_registered_blocks = num_full
 
     def trim(self, request: Request) -> None:
         """Take back blocks past the request's known tokens: they held rejected drafts."""
-        block_ids = self.block_ids(request)
         needed = self.num_blocks_for(len(request.all_token_ids))
-        self._release(request.tenant, block_ids[needed:])
-        del block_ids[needed:]
+        self._release(request.tenant, request.block_ids[needed:])
+        del request.block_ids[needed:]
 
     def free(self, request: Request) -> None:
         """Take back all blocks of a request, if it has any. Its last block is the first to be reused."""
-        allocation = self._allocations.pop(request.request_id, None)
-        if allocation is not None:
-            self._release(request.tenant, allocation.block_ids[allocation.num_returned :])
+        self._release(request.tenant, request.block_ids[request.num_returned_blocks :])
+        request.block_ids = array("i")
+        request.num_registered_blocks = request.num_returned_blocks = 0
 
     def _release(self, tenant: str, block_ids: Sequence[int]) -> None:
         before = self._pool.num_free

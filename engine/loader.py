@@ -19,10 +19,9 @@ from engine.batch import ForwardBatch, ForwardOutput
 from engine.config import EngineConfig
 from engine.machine import available_cores
 from engine.models.config import ModelError, ModelFiles, ModelSpec
-from engine.models.decoder import HeadSlab, TorchDecoder, load_model
-from engine.models.decoder_share import DecoderShare
+from engine.models.decoder import HeadSlab, load_model
 from engine.models.native_decoder import NativeDecoder, unsupported_shape
-from engine.models.weights import WeightSource, open_weights
+from engine.models.weights import open_weights
 from engine.tensor_parallel.ranks import Ranks
 from kernels import native
 from kernels.head_rows import TailMemory
@@ -92,10 +91,6 @@ class LoadedModel:
         """Whether tokens of prompts are rounded otherwise than tokens that are decoded."""
         return self.team is not None and native.has_amx()
 
-    def make_cache(self, spec: AttentionSpec) -> AttentionBackend:
-        """The model's KV cache, at all ranks."""
-        return self.make_attention(spec) if self.all_ranks is None else self.all_ranks.allocate(spec.num_blocks)
-
 
 def load(
     config: EngineConfig,
@@ -104,12 +99,10 @@ def load(
     team: native.Team | None = None,
     ranks: Ranks | None = None,
 ) -> LoadedModel:
-    """Load the weights of ``files``.
+    """Load the weights of ``files``, whose shape is ``spec``.
 
     Args:
         config: precision, device and kernels.
-        files: the model.
-        spec: its shape.
         team: threads for native kernels, shared with a model loaded before (None: new ones).
         ranks: of which this process loads one share (None: all is loaded here).
 
@@ -119,7 +112,10 @@ def load(
     device = choose_device(config.runtime.device)
     threads = config.runtime.threads or max(available_cores() // config.runtime.tensor_parallel_size, 1)
     backend = _backend(config, spec, device)
-    _set_up_torch(backend, threads)
+    # The native kernels have threads of their own; torch's would only wait for cores that those keep busy.
+    torch.set_num_threads(1 if backend == "native" else threads)
+    # Partial sums in bfloat16 would differ with the number of rows, which decides how a product is split.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     dtype = _dtype(config, backend, device)
     max_model_len = config.model.longest_sequence(spec)
     source = open_weights(files)
@@ -131,31 +127,12 @@ def load(
     # Which experts a step needs is only known while it is computed; and ranks are told on the CPU what to compute.
     has_graphs = backend == "flashinfer" and config.runtime.cuda_graphs and spec.experts is None and ranks is None
     return LoadedModel(
-        _load_torch(source, spec, dtype, device, max_model_len, ranks),
+        load_model(source, spec, dtype, device, max_model_len, ranks),
         *(spec, max_model_len, dtype, device, backend),
         flashinfer.FlashInferAttention if backend == "flashinfer" else TorchPagedAttention,
         cuda_graphs=has_graphs,
         num_ranks=1 if ranks is None else ranks.size,
     )
-
-
-def _set_up_torch(backend: BackendName, threads: int) -> None:
-    # The native kernels have threads of their own; torch's would only wait for cores that those keep busy.
-    torch.set_num_threads(1 if backend == "native" else threads)
-    # Partial sums in bfloat16 would differ with the number of rows, which decides how a product is split.
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-
-
-def _load_torch(
-    source: WeightSource,
-    spec: ModelSpec,
-    dtype: torch.dtype,
-    device: torch.device,
-    max_model_len: int,
-    ranks: Ranks | None,
-) -> TorchDecoder:
-    decoder = load_model(source, spec, dtype, device, max_model_len, ranks)
-    return decoder if ranks is None else DecoderShare(**vars(decoder), ranks=ranks)
 
 
 def choose_device(name: str) -> torch.device:
@@ -168,32 +145,29 @@ def choose_device(name: str) -> torch.device:
 def _backend(config: EngineConfig, spec: ModelSpec, device: torch.device) -> BackendName:
     """The backend asked for, or the best that works here; a fallback is logged once, with its reason."""
     asked = config.runtime.attention_backend
-    reason = _why_not_native(config, spec, device)
-    if asked == "auto" and device.type == "cuda":
-        reason = _why_not_flashinfer(config, spec, device)
-        if reason is None:
-            return "flashinfer"
-    if asked == "flashinfer" and device.type != "cuda":
-        raise ModelError("runtime.attention_backend flashinfer needs a CUDA device")
-    if asked == "native" and reason is not None:
-        raise ModelError(f"runtime.attention_backend native cannot be used: {reason}")
-    if asked != "auto":
-        return asked
-    if reason is not None:
-        log.warning("using the slower torch backend", reason=reason)
+    best: BackendName = "flashinfer" if device.type == "cuda" else "native"
+    wanted = best if asked == "auto" else asked
+    if wanted == "torch":
         return "torch"
-    return "native"
+    reason = (_why_not_flashinfer if wanted == "flashinfer" else _why_not_native)(config, spec, device)
+    if reason is None:
+        return wanted
+    if asked != "auto":
+        raise ModelError(f"runtime.attention_backend {asked} cannot be used: {reason}")
+    log.warning("using the slower torch backend", reason=reason)
+    return "torch"
 
 
 def _why_not_flashinfer(config: EngineConfig, spec: ModelSpec, device: torch.device) -> str | None:
+    heads = spec.num_heads, spec.num_kv_heads, spec.head_dim
+    smallest = AttentionSpec(1, *heads, 1, config.cache.block_size, _dtype(config, "flashinfer", device), device)
+    if (reason := flashinfer.unsupported_reason(smallest)) is not None:
+        return reason
     if importlib.util.find_spec("flashinfer") is None:
         return "flashinfer is not installed (evospec[gpu])"
     if _cuda_toolkit() is None and importlib.util.find_spec("flashinfer_jit_cache") is None:
         return "flashinfer compiles its kernels, and there is no nvcc (set CUDA_HOME)"
-    heads = spec.num_heads, spec.num_kv_heads, spec.head_dim
-    smallest = AttentionSpec(1, *heads, 1, config.cache.block_size, _dtype(config, "flashinfer", device), device)
-    reason = flashinfer.unsupported_reason(smallest)
-    return None if reason is None else f"of flashinfer: {reason}"
+    return None
 
 
 def _cuda_toolkit() -> str | None:

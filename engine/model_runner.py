@@ -11,13 +11,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from engine.attention.base import AttentionBackend, AttentionSpec
+from engine.attention.base import AttentionSpec
 from engine.batch import Features, ForwardBatch
 from engine.config import CacheConfig
 from engine.loader import LoadedModel
 from engine.machine import free_memory
 from engine.models.config import ModelError
-from engine.prompt_embeddings import PromptEmbeddings
+from engine.prompt_embeddings import collect_embeddings
 from engine.step_graphs import StepGraphs
 from engine.step_plan import ScheduledSequence
 
@@ -43,8 +43,8 @@ class ModelRunner:
         spare_blocks = int(loaded.cuda_graphs)
         spec = attention_spec(loaded, cache, self.num_blocks + spare_blocks)
         self.kv_bytes = spec.num_blocks * spec.bytes_per_block
-        self._attention: AttentionBackend = loaded.make_cache(spec)
-        self.embeddings = PromptEmbeddings()
+        ranks = loaded.all_ranks
+        self._attention = loaded.make_attention(spec) if ranks is None else ranks.allocate(spec.num_blocks)
         self._graphs: StepGraphs | None = None
         if loaded.cuda_graphs:
             self._graphs = StepGraphs(loaded.model, self._attention, -(-loaded.max_model_len // cache.block_size))
@@ -65,7 +65,7 @@ class ModelRunner:
             num_prefilling = sum(1 for _ in takewhile(lambda sequence: not sequence.decodes, reversed(sequences)))
             batch = build_batch(sequences, self._block_size, self._device, num_prefilling)
             output = self._model.forward(batch, self._attention, capture)
-        self.embeddings.collect(sequences, output.hidden)
+        collect_embeddings(sequences, output.hidden)
         wanted = batch.logits_indices
         rows = output.hidden if len(wanted) == len(output.hidden) else output.hidden[wanted]
         features = None if output.features is None else Features(output.features, batch.slot_mapping)

@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 import time
-import uuid
 from pathlib import Path
 
 import msgspec
@@ -31,41 +30,19 @@ _RECEIVING_SECONDS = 0.005
 """How long messages are taken before another step: those who run wait meanwhile. The others stay in the socket."""
 
 
-def introduction(config: EngineConfig, core: EngineCore, model_name: str, epoch: str) -> messages.EngineReady:
-    """What a server has to know of an engine; ``epoch``: of this process, no other has the same."""
-    return messages.EngineReady(
-        epoch=epoch,
-        model=model_name,
-        max_model_len=core.max_model_len,
-        vocab_size=core.spec.vocab_size,
-        num_blocks=core.num_blocks,
-        block_size=config.cache.block_size,
-        max_num_seqs=config.scheduler.max_num_seqs,
-        dtype=core.dtype,
-        attention_backend=core.attention_backend,
-        kv_bytes=core.kv_bytes,
-        draft=core.draft,
-        num_speculative_tokens=config.speculation.num_speculative_tokens,
-        draft_bytes=core.draft_bytes,
-        vocabulary=core.vocabulary,
-    )
-
-
 class EngineProcess:
     """Receives requests, steps while there is work, and sends each client its outputs.
 
     Every client gets the statistics too, at least every half second: silence means that the engine is gone.
     """
 
-    def __init__(self, config: EngineConfig, core: EngineCore, model_name: str, verification: FileCheck) -> None:
+    def __init__(self, address: str, core: EngineCore, verification: FileCheck) -> None:
         self._core, self._verification = core, verification
-        self._epoch = uuid.uuid4().hex
-        self._ready = introduction(config, core, model_name, self._epoch)
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.SNDHWM, 0)  # a slow client's outputs wait in memory, never the step loop
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # an error for clients that have gone, not silence
-        self._socket.bind(config.address)
+        self._socket.bind(address)
         self._decoder = msgspec.msgpack.Decoder(messages.ClientMessage)
         self._encoder = msgspec.msgpack.Encoder()
         self._clients: set[bytes] = set()
@@ -74,7 +51,7 @@ class EngineProcess:
 
     def run(self) -> None:
         """Serve until the process is killed, or ends itself because the model's files are damaged."""
-        log.info("engine ready", **msgspec.to_builtins(self._ready))
+        log.info("engine ready", **msgspec.to_builtins(self._core.introduction))
         while True:
             self._receive(self._core.patience())
             outputs, timings = self._core.step()
@@ -104,7 +81,7 @@ class EngineProcess:
         match message:
             case messages.Hello():
                 self._clients.add(client)
-                self._send(client, self._ready)
+                self._send(client, self._core.introduction)
             case messages.EngineRequest():
                 self._core.add(client, message)
             case messages.AbortRequests():
@@ -116,7 +93,7 @@ class EngineProcess:
         report_due = now - self._last_report >= _REPORT_SECONDS
         for client in list(self._clients if report_due else outputs):
             message = messages.EngineOutputs(
-                epoch=self._epoch,
+                epoch=self._core.introduction.epoch,
                 outputs=outputs.get(client, []),
                 stats=self._core.stats() if report_due else None,
                 steps=self._steps if report_due else [],
@@ -160,12 +137,12 @@ def main() -> None:
         files = resolve_model(config.model, progress=False)
         core = EngineCore(config, files, validate_model_files(files))
         core.start_grammars()
-        sums = _sums(config, files, core.max_model_len) if config.model.verify else {}
+        sums = _sums(config, files, core.introduction.max_model_len) if config.model.verify else {}
         gc.freeze()  # what there is now stays: collections need not look at it, least of all between two tokens
     except (ModelError, SharedMemoryError) as error:
         log.error("the model cannot be served", reason=str(error))
         sys.exit(1)
-    EngineProcess(config, core, config.model.served_name or files.name, FileCheck(sums)).run()
+    EngineProcess(config.address, core, FileCheck(sums)).run()
 
 
 if __name__ == "__main__":

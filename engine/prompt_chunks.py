@@ -1,4 +1,4 @@
-"""How many tokens of each prompt a step reads. Imports no torch."""
+"""How many tokens of prompts a step reads, and of each. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,12 +8,30 @@ from engine.request import Request
 
 MOST_PROMPT_ROWS = 256
 """Prompt tokens of a step whose logits are wanted: each takes memory as wide as the vocabulary."""
+_MEMORY = 0.8
+"""Weight of the past, for each step that reads prompts."""
+
+
+class StepTime:
+    """What a token has cost lately in steps that read prompts, all of their time shared by all of their tokens."""
+
+    def __init__(self) -> None:
+        self._tokens = self._seconds = 0.0
+
+    def record(self, num_tokens: int, seconds: float) -> None:
+        """A step that reads prompts has computed so many tokens in so long."""
+        self._tokens = _MEMORY * self._tokens + num_tokens
+        self._seconds = _MEMORY * self._seconds + seconds
+
+    def tokens_in(self, seconds: float) -> int | None:
+        """Tokens that take so long; None while nothing is known."""
+        return int(seconds * self._tokens / self._seconds) if self._seconds > 0.0 else None
 
 
 def prompt_rows_left(plan: Mapping[Request, int], most_extra_rows: int) -> int:
-    """How many of them a step may compute beside its plan, which has so many tokens of each request.
+    """Rows of logits of prompts that a step may compute beside its plan, which has so many tokens of each request.
 
-    ``most_extra_rows``: with drafts.
+    ``most_extra_rows``: of prompts and drafts.
     """
     num_drafts = sum(len(request.draft_token_ids) for request in plan)
     num_planned = sum(number for request, number in plan.items() if request.wants_prompt_logits)
@@ -23,10 +41,7 @@ def prompt_rows_left(plan: Mapping[Request, int], most_extra_rows: int) -> int:
 def share_out(lengths: Mapping[Request, int], num_tokens: int, num_rows: int) -> dict[Request, int]:
     """Tokens for each prompt, in equal parts, as far as they need them.
 
-    Args:
-        lengths: of what is left of each prompt.
-        num_tokens: most in all.
-        num_rows: most of prompts whose logits are wanted.
+    ``lengths``: of what is left of each. ``num_rows``: most tokens of prompts whose logits are wanted.
     """
     with_rows = {request: length for request, length in lengths.items() if request.wants_prompt_logits}
     others = {request: length for request, length in lengths.items() if request not in with_rows}

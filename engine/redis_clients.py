@@ -10,7 +10,6 @@ of redis-py, such as ``ssl_ca_certs=/PATH``, and ``sentinel_username`` and ``sen
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, cast
 from urllib.parse import urlsplit
@@ -30,28 +29,6 @@ _SCHEMES = ("redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel", "red
 _PORTS = {"sentinel": 26379, "cluster": 6379}
 _NODE_SHARE = 0.8
 """Of the time-out, so that a cluster's client itself sees that a node is gone, and looks for the one that took over."""
-
-
-@dataclass(frozen=True)
-class _Several:
-    """Where several servers are. ``name``: of the primary, for Sentinels. ``options``: redis-py's, without hosts."""
-
-    hosts: list[tuple[str, int]]
-    name: str
-    options: dict[str, Any]
-
-    @classmethod
-    def parse(cls, url: str) -> _Several:
-        parts = urlsplit(url)
-        scheme, _, kind = parts.scheme.partition("+")
-        user, at, hosts = parts.netloc.rpartition("@")
-        places = [urlsplit(f"//{host}") for host in hosts.split(",")]
-        options = parse_url(f"{scheme}://{user}{at}?{parts.query}")  # type: ignore[no-untyped-call]
-        options["ssl"] = options.pop("connection_class", None) is not None
-        found = [(place.hostname or "", place.port or _PORTS[kind]) for place in places]
-        if not all(host for host, _ in found):
-            raise ValueError("a host is missing")
-        return cls(found, parts.path.strip("/"), options)
 
 
 class _LateCluster:
@@ -79,12 +56,26 @@ def check_url(url: str) -> str:
     if "+" not in scheme:
         parse_url(url)  # type: ignore[no-untyped-call]
         return url
-    several = _Several.parse(url)
-    if scheme.endswith("sentinel") and not several.name:
+    _, name, options = _parse(url)
+    if scheme.endswith("sentinel") and not name:
         raise ValueError("the name of the primary is missing: redis+sentinel://HOST:PORT,HOST:PORT/NAME")
-    if scheme.endswith("cluster") and (several.name or "db" in several.options):
+    if scheme.endswith("cluster") and (name or "db" in options):
         raise ValueError("a cluster has no databases")
     return url
+
+
+def _parse(url: str) -> tuple[list[tuple[str, int]], str, dict[str, Any]]:
+    """Of several servers: their hosts, for Sentinels the name of the primary, and options of redis-py without hosts."""
+    parts = urlsplit(url)
+    scheme, _, kind = parts.scheme.partition("+")
+    user, at, places = parts.netloc.rpartition("@")
+    options = parse_url(f"{scheme}://{user}{at}?{parts.query}")  # type: ignore[no-untyped-call]
+    options["ssl"] = options.pop("connection_class", None) is not None
+    split = [urlsplit(f"//{place}") for place in places.split(",")]
+    hosts = [(place.hostname or "", place.port or _PORTS[kind]) for place in split]
+    if not all(host for host, _ in hosts):
+        raise ValueError("a host is missing")
+    return hosts, parts.path.strip("/"), options
 
 
 def connect(url: str, timeout: float) -> redis.Redis:
@@ -106,16 +97,15 @@ def _client(library: ModuleType, cluster: Any, url: str, timeout: float) -> Any:
     scheme = urlsplit(url).scheme
     if "+" not in scheme:
         return library.Redis.from_url(url, **brief, **_waits(timeout))
-    several = _Several.parse(url)
-    options = several.options | brief
+    hosts, name, options = _parse(url)
+    options |= brief
     if scheme.endswith("cluster"):
-        nodes = [library.cluster.ClusterNode(*host) for host in several.hosts]
+        nodes = [library.cluster.ClusterNode(*host) for host in hosts]
         return cluster(startup_nodes=nodes, **options, **_waits(timeout * _NODE_SHARE))
     theirs = {name: options.pop(f"sentinel_{name}", None) for name in ("username", "password")}
     theirs |= {name: value for name, value in options.items() if name.startswith("ssl")} | brief
-    theirs |= _waits(timeout / (1 + len(several.hosts)))  # all of them are asked, one after the other
-    sentinel = library.Sentinel(several.hosts, sentinel_kwargs=theirs, **options, **_waits(timeout))
-    return sentinel.master_for(several.name)
+    theirs |= _waits(timeout / (1 + len(hosts)))  # all of them are asked, one after the other
+    return library.Sentinel(hosts, sentinel_kwargs=theirs, **options, **_waits(timeout)).master_for(name)
 
 
 def _waits(seconds: float) -> dict[str, float]:

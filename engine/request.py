@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -11,22 +12,22 @@ from weakref import WeakValueDictionary
 import msgspec
 
 from engine.draft_state import DraftState
-from engine.messages import EngineRequest, SamplingParams
+from engine.messages import EngineRequest, SamplingParams, TokenLogprob
 
 if TYPE_CHECKING:
+    import torch
+
+    from engine.sampling.choose import SamplingState
     from engine.sampling.grammar_cursor import GrammarCursor
+    from engine.truncation import StopChecker
 
 
 @dataclass(eq=False, slots=True, weakref_slot=True)
 class Request:
-    """One sequence from arrival to its last token.
+    """One sequence from arrival to its last token; ``ValueError`` for an empty prompt.
 
-    Two fields are written from outside: ``draft_token_ids`` by whoever drafts, between ``Scheduler.reserve`` and
-    ``Scheduler.schedule``, and ``is_stalled`` by the engine, between steps. Scheduler and KV cache manager write the
-    rest.
-
-    Raises:
-        ValueError: the prompt is empty.
+    ``draft_token_ids`` are written by whoever drafts, between ``Scheduler.reserve`` and ``Scheduler.schedule``, and
+    ``is_stalled`` by the engine, between steps. Where no other is named, scheduler and KV cache manager write.
     """
 
     request_id: str
@@ -48,6 +49,14 @@ class Request:
     """Where its output stands in the grammar of its parameters."""
     draft_state: DraftState = field(default_factory=DraftState)
     """Speculation's; nobody else looks into it."""
+    stop_checker: StopChecker = field(init=False, repr=False)
+    """By the verifier, before it is scheduled: where its output ends."""
+    sampling_state: SamplingState | None = None
+    """By the sampler, from its first choice on."""
+    prompt_logprobs: list[TokenLogprob] | None = None
+    """By the verifier: those of its prompt so far, until its first output takes them."""
+    hidden_sum: torch.Tensor | None = None
+    """By the model runner: [hidden] float64, of the prompt's positions so far, until the first output takes it."""
 
     output_token_ids: list[int] = field(default_factory=list)
     """Committed."""
@@ -67,6 +76,12 @@ class Request:
     num_preemptions: int = 0
     is_stalled: bool = False
     """Whether what its grammar allows next is not known yet: until it is, the sequence computes nothing."""
+    block_ids: array[int] = field(default_factory=lambda: array("i"))
+    """Its KV blocks, int32 in order of position. Others may have those given back."""
+    num_registered_blocks: int = 0
+    """How many of them, the first, were offered to the prefix cache."""
+    num_returned_blocks: int = 0
+    """How many of them, the first, were given back."""
     prompt_hashes: list[bytes] = field(default_factory=list)
     """Prefix hashes of the prompt's first full blocks, as far as they were needed; shared like the prompt."""
     block_hashes: list[bytes] = field(default_factory=list)

@@ -6,10 +6,9 @@ from engine.admission import PROMPT_TOKEN_SERVICE, Admission
 from engine.config import CacheConfig, SchedulerConfig
 from engine.kv_cache_manager import KVCacheManager
 from engine.messages import EngineStats
-from engine.prompt_chunks import prompt_rows_left, share_out
+from engine.prompt_chunks import StepTime, prompt_rows_left, share_out
 from engine.request import Request
-from engine.step_plan import DraftLengths, DraftSlot, Reservation, ScheduledSequence, SchedulerOutput
-from engine.step_time import StepTime
+from engine.step_plan import DraftLengths, DraftSlot, ScheduledSequence, SchedulerOutput
 
 OUTPUT_TOKEN_SERVICE = 2 * PROMPT_TOKEN_SERVICE
 LEAST_CHUNK = 32
@@ -27,22 +26,17 @@ class RequestTooLong(ValueError):
 class Scheduler:
     """Owns all requests, waiting and running.
 
-    A step has ``max_batched_tokens`` tokens to give away, in this order: one to each sequence that
-    decodes; chunks to running prefills; draft tokens; then new requests while sequences and blocks
-    last. While prefill work is there, drafts get at most half of what the decodes leave; while a
-    prefill is unfinished, short new prompts get up to half of the rest, so that they need not wait for it.
-    Beside decodes, and where all requests are synthetic, prompts get as many tokens as take ``prompt_ms`` milliseconds,
-    but at least ``LEAST_CHUNK``. Of prompts whose logits are wanted, a step computes ``MOST_PROMPT_ROWS`` at most.
+    A step has ``max_batched_tokens`` tokens to give away, in this order: one to each sequence that decodes; chunks to
+    running prefills; draft tokens; then new requests (``Admission``) while sequences and blocks last. While prefill
+    work is there, drafts get at most half of what the decodes leave; while a prefill is unfinished, short new prompts
+    get up to half of the rest, so that they need not wait for it. Beside decodes, and where all requests are synthetic,
+    prompts get as many tokens as take ``prompt_ms`` milliseconds, but at least ``LEAST_CHUNK``.
 
-    Where nobody reads more than ``window`` tokens back, sequences give the blocks before them back. Where prompts are
-    read apart (``KVCacheManager``), a step computes tokens of a sequence's prompt or of its output, and the sequences
-    of which it computes the prompt come last.
+    ``window`` and ``reads_prompts_apart``: as for ``KVCacheManager``. The sequences of which a step computes the prompt
+    come last.
 
-    Drafts take no block that somebody else needs: blocks of rejected ones are taken back before a sequence
-    is preempted. Who is admitted and who is preempted, and that every request finishes: see ``Admission``.
-
-    One thread calls ``reserve``, ``schedule``, then ``commit`` for each of the sequences; ``abort`` may come between
-    the last two.
+    One thread calls ``reserve``, ``schedule``, then ``commit`` or ``postpone`` for each of the sequences, which does
+    nothing for one that was aborted meanwhile.
     """
 
     def __init__(
@@ -57,7 +51,8 @@ class Scheduler:
         self._config = config
         self._max_model_len = max_model_len
         self._kv = KVCacheManager(num_blocks, cache.block_size, cache.prefix_caching, window, reads_prompts_apart)
-        self._requests: dict[str, Request] = {}
+        self.requests: dict[str, Request] = {}
+        """All, by their ids."""
         # Decodes can never claim more than half of a step, so prefill always goes on.
         self._max_running = min(config.max_num_seqs, config.max_batched_tokens // 2)
         self._admission = Admission(self._kv, self._max_running)
@@ -75,47 +70,49 @@ class Scheduler:
                 synthetic, and others are not.
             ValueError: a request with the same id is here.
         """
-        if request.request_id in self._requests:
+        if request.request_id in self.requests:
             raise ValueError(f"request {request.request_id!r} is here already")
         self._check_length(request)
-        if request.is_synthetic and self._requests and not self._is_synthetic:
+        if request.is_synthetic and self.requests and not self._is_synthetic:
             raise QueueFull("the engine is not idle")
         most = self._config.max_waiting
         if len(self._waiting) >= most and self._waiting.has_share(request.tenant, most):
             raise QueueFull(f"{len(self._waiting)} requests are waiting")
-        self._requests[request.request_id] = request
+        self.requests[request.request_id] = request
         self._waiting.append(request, is_idle=request.tenant not in self._running.tenants)
 
     def in_the_way_of(self, request: Request) -> list[Request]:
         """The requests that have to end before this one is added: all, where they are synthetic and it is not."""
-        return [*self._requests.values()] if self._is_synthetic and not request.is_synthetic else []
+        return [*self.requests.values()] if self._is_synthetic and not request.is_synthetic else []
 
     def abort(self, request_id: str) -> Request | None:
         """Forget a request and free its blocks; None if it is not here (any more)."""
-        request = self._requests.get(request_id)
+        request = self.requests.get(request_id)
         if request is not None:
             if request in self._running:
                 self._finish(request)
             else:
                 self._waiting.remove(request)
-                del self._requests[request_id]
+                del self.requests[request_id]
         return request
 
-    def reserve(self, lengths: DraftLengths | None = None) -> Reservation:
-        """Plan the next step's decodes, and blocks for as many drafts as ``lengths`` says (None: none)."""
+    def reserve(self, lengths: DraftLengths | None = None) -> tuple[dict[Request, int], list[DraftSlot]]:
+        """Plan the next step's decodes, one token each, and blocks for as many drafts as ``lengths`` says (None: none).
+
+        The first are for ``schedule``, once the drafts are in ``request.draft_token_ids``.
+        """
         self._admission.begin_step()
         plan = self._plan_decodes()
         self._admission.admit_next_in_line({request.tenant for request in self._prefilling(plan)})
         for request in self._admission.preempted:
             plan.pop(request, None)
-        return Reservation(plan, [] if lengths is None or not plan else self._reserve_drafts(list(plan), lengths))
+        return plan, [] if lengths is None or not plan else self._reserve_drafts(list(plan), lengths)
 
-    def schedule(self, reservation: Reservation) -> SchedulerOutput:
+    def schedule(self, plan: dict[Request, int]) -> SchedulerOutput:
         """Choose the rest of the step's tokens, now that its drafts are made, and allocate their blocks."""
-        plan = reservation.plan
         has_prefills = len(plan) < len(self._running) and bool(self._prefilling(plan))  # the preempted are in neither
-        for slot in reservation.slots:
-            plan[slot.request] += len(slot.request.draft_token_ids)
+        for request in plan:
+            plan[request] += len(request.draft_token_ids)
         num_decoded = sum(plan.values())
         budget = self._prompt_tokens(num_decoded)
         if has_prefills:
@@ -123,23 +120,20 @@ class Scheduler:
             budget -= self._plan_prefills(plan, budget)
         self._plan_newcomers(plan, budget, whole=False)
         self._lacks_blocks = self._admission.lacks_blocks
-        sequences = [ScheduledSequence.of(one, count, self._kv.block_ids(one)) for one, count in plan.items()]
+        sequences = [ScheduledSequence.of(one, count) for one, count in plan.items()]
         num_tokens = sum(plan.values())
         if num_tokens > num_decoded:
             sequences.sort(key=lambda sequence: not sequence.decodes)
         return SchedulerOutput(sequences, num_tokens, num_tokens - num_decoded, self._admission.preempted)
 
     def commit(self, sequence: ScheduledSequence, kept_token_ids: list[int], finished: bool) -> None:
-        """Take the result of a step for one sequence; ignored if it was aborted meanwhile.
+        """Take the result of a step for one sequence.
 
         Args:
             sequence: as scheduled.
-            kept_token_ids: the accepted draft tokens, then the new token; possibly truncated if
-                ``finished``. Empty while prefill is unfinished.
+            kept_token_ids: the accepted draft tokens, then the new token; possibly truncated if ``finished``. Empty
+                while prefill is unfinished: ``ValueError`` if it is not.
             finished: the sequence is over; its blocks are freed.
-
-        Raises:
-            ValueError: an unfinished sequence was computed to its end but got no new token.
         """
         request = sequence.request
         if not self._is_here(request):
@@ -161,7 +155,7 @@ class Scheduler:
     def postpone(self, sequence: ScheduledSequence) -> None:
         """Take the result of a step for a sequence computed to its end, from whose rows no token could be chosen.
 
-        Its drafts are dropped, and its last known token is computed again in a later step. Ignored if it was aborted.
+        Its drafts are dropped, and its last known token is computed again in a later step.
         """
         request = sequence.request
         if self._is_here(request):
@@ -176,7 +170,7 @@ class Scheduler:
 
     def has_work(self) -> bool:
         """Whether a request is waiting or running."""
-        return bool(self._requests)
+        return bool(self.requests)
 
     def stats(self) -> EngineStats:
         """Gauges now, counters since the start."""
@@ -194,10 +188,10 @@ class Scheduler:
     @property
     def _is_synthetic(self) -> bool:
         """Whether there are requests, and nobody waits for them: all of them are synthetic, or none is."""
-        return next((request.is_synthetic for request in self._requests.values()), False)
+        return next((request.is_synthetic for request in self.requests.values()), False)
 
     def _is_here(self, request: Request) -> bool:
-        return self._requests.get(request.request_id) is request
+        return self.requests.get(request.request_id) is request
 
     def _check_length(self, request: Request) -> None:
         num_prompt = len(request.prompt_token_ids)
@@ -250,7 +244,7 @@ class Scheduler:
     def _plan_prefills(self, plan: dict[Request, int], budget: int) -> int:
         """Next chunks of running prefills; returns the tokens planned."""
         lengths = {request: self._kv.num_computable(request) for request in self._prefilling(plan)}
-        chunks = share_out(lengths, budget, self._prompt_rows_left(plan)) if lengths else {}
+        chunks = share_out(lengths, budget, prompt_rows_left(plan, self._config.most_extra_rows)) if lengths else {}
         plan.update(chunks)
         return sum(chunks.values())
 
@@ -275,22 +269,19 @@ class Scheduler:
                     length = self._kv.num_slots(request) - request.num_tokens
                 num_drafting -= 1
                 budget -= length
-            slots.append(DraftSlot(request, length, self._kv.block_ids(request)))
+            slots.append(DraftSlot(request, length, request.block_ids))
         return slots
 
     def _plan_newcomers(self, plan: dict[Request, int], budget: int, whole: bool) -> int:
         """Waiting requests that are admitted now; returns the tokens planned."""
         if not self._waiting:
             return 0
-        num_rows = self._prompt_rows_left(plan)
+        num_rows = prompt_rows_left(plan, self._config.most_extra_rows)
         admitted = self._admission.admit(budget, num_rows // 2 if whole else num_rows, whole)
         plan.update(admitted)
         return sum(admitted.values())
 
-    def _prompt_rows_left(self, plan: dict[Request, int]) -> int:
-        return prompt_rows_left(plan, self._config.most_extra_rows)
-
     def _finish(self, request: Request) -> None:
         self._running.remove(request)
         self._kv.free(request)
-        del self._requests[request.request_id]
+        del self.requests[request.request_id]

@@ -112,13 +112,6 @@ class _Graph:
     replay: Replay
     output: ForwardOutput
 
-    def plan(self, padded: ForwardBatch) -> ForwardBatch:
-        """Make the next replay compute a batch of the graph's size; returns it as it lies on the device."""
-        self.memory.write(*_arrays(padded))
-        batch = _on_device(padded, self.memory)
-        self.attention.plan(batch)
-        return batch
-
 
 class StepGraphs:
     """Runs a model's steps, by graphs where they are small. A graph is recorded when a step of its size first comes.
@@ -153,7 +146,9 @@ class StepGraphs:
         graph = self._graphs.get((size, tuple(capture)))
         if graph is None:
             graph = self._graphs[size, tuple(capture)] = self._make(more, capture)
-        placed = graph.plan(more)
+        graph.memory.write(*_arrays(more))
+        placed = _on_device(more, graph.memory)
+        graph.attention.plan(placed)
         graph.replay()  # after recording too: a capture computes nothing
         hidden, features = graph.output.hidden[:num_tokens], graph.output.features
         wanted, slots = placed.logits_indices[:num_wanted], placed.slot_mapping[:num_tokens]

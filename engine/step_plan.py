@@ -1,15 +1,19 @@
-"""What a step computes: the scheduler's plan, and the drafts' part in making it. Imports no torch."""
+"""What a step computes: the scheduler's plan, and the drafts' part in it; and what that takes. Imports no torch."""
 
 from __future__ import annotations
 
+import time
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import msgspec
 
+from engine.messages import StepTimings
 from engine.request import Request
+
+Part = Literal["schedule", "draft", "forward", "sample", "commit"]
 
 
 class ScheduledSequence(msgspec.Struct, frozen=True):
@@ -33,7 +37,7 @@ class ScheduledSequence(msgspec.Struct, frozen=True):
     """All blocks of the sequence, int32 in order of position, including those for this step; valid until its commit."""
 
     @classmethod
-    def of(cls, request: Request, num_tokens: int, block_ids: array[int]) -> ScheduledSequence:
+    def of(cls, request: Request, num_tokens: int) -> ScheduledSequence:
         """The next ``num_tokens`` of a request, its drafts after those that it has."""
         start = request.num_computed_tokens
         num_known = min(request.num_tokens - start, num_tokens)
@@ -46,7 +50,8 @@ class ScheduledSequence(msgspec.Struct, frozen=True):
         if request.wants_prompt_logits:
             num_prompt_logits = min(end, len(request.prompt_token_ids) - 1) - start
         num_sampled = 1 + num_drafts if end == request.num_tokens else 0
-        return cls(request, start, token_ids, num_drafts, num_prompt_logits, num_prompt_logits + num_sampled, block_ids)
+        num_logits = num_prompt_logits + num_sampled
+        return cls(request, start, token_ids, num_drafts, num_prompt_logits, num_logits, request.block_ids)
 
     @property
     def num_sampled(self) -> int:
@@ -65,7 +70,6 @@ class ScheduledSequence(msgspec.Struct, frozen=True):
 
     @property
     def draft_token_ids(self) -> list[int]:
-        """The drafts."""
         return self.token_ids[self.num_known :]
 
 
@@ -88,16 +92,6 @@ class DraftLengths(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Reservation:
-    """A step whose decodes are planned; between this and ``Scheduler.schedule`` its drafts are made."""
-
-    plan: dict[Request, int]
-    """Tokens to compute, by request: one for each that decodes."""
-    slots: list[DraftSlot]
-    """Room for drafts, which go into ``request.draft_token_ids``."""
-
-
-@dataclass(frozen=True, slots=True)
 class SchedulerOutput:
     """One step. ``preempted`` lost their blocks in this call and wait again."""
 
@@ -106,3 +100,32 @@ class SchedulerOutput:
     num_prompt_tokens: int
     """How many of them are of prompts, or of sequences that are computed again."""
     preempted: list[Request]
+
+
+class StepClock:
+    """Measures a step from its beginning on, part after part."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[Part, float] = dict.fromkeys(("schedule", "draft", "forward", "sample", "commit"), 0.0)
+        self._last = time.perf_counter()
+
+    def lap(self, part: Part) -> None:
+        """A part of the step ends; a part may come more than once."""
+        now = time.perf_counter()
+        self._seconds[part] += now - self._last
+        self._last = now
+
+    @property
+    def seconds(self) -> float:
+        """Of all parts so far."""
+        return sum(self._seconds.values())
+
+    def seconds_without(self, part: Part) -> float:
+        """Of all parts so far but one."""
+        return self.seconds - self._seconds[part]
+
+    def timings(self, plan: SchedulerOutput, vocabulary: float) -> StepTimings:
+        """The step is over; ``vocabulary``: the seconds of its drafting in which vocabularies learned."""
+        return StepTimings(
+            **self._seconds, num_tokens=plan.num_tokens, num_sequences=len(plan.sequences), vocabulary=vocabulary
+        )

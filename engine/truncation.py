@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
 
 from engine.messages import FinishReason, SamplingParams
-from engine.text.detokenizer import IncrementalDetokenizer, StopStringFinder, TokenBytes
+from engine.text.detokenizer import IncrementalDetokenizer, StopStringFinder
 
 
 class Truncation(msgspec.Struct, frozen=True):
@@ -32,14 +32,14 @@ class StopChecker:
         num_prompt_tokens: int,
         max_model_len: int,
         eos_token_ids: Iterable[int],
-        tokenizer: TokenBytes,
+        token_bytes: Callable[[int], bytes],
     ) -> None:
         self._params = params
         self._eos_token_ids = frozenset(() if params.ignore_eos else eos_token_ids)
         self._stop_token_ids = frozenset(params.stop_token_ids)
         self._ends = self._eos_token_ids | self._stop_token_ids
         self._max_output = max(1, min(params.max_tokens, max_model_len - num_prompt_tokens))
-        self._detokenizer = IncrementalDetokenizer(tokenizer) if params.stop else None
+        self._detokenizer = IncrementalDetokenizer(token_bytes) if params.stop else None
         self._finder = StopStringFinder(params.stop)
         self._num_output = 0
 

@@ -34,7 +34,6 @@ class Verification(msgspec.Struct, frozen=True):
 
     @property
     def request(self) -> Request:
-        """Whose the sequence is."""
         return self.sequence.request
 
     @property

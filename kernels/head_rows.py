@@ -53,20 +53,16 @@ class TailMemory(Protocol):
     @property
     def slots(self) -> int:
         """Tokens in each tail."""
-        ...
 
     @property
     def num_bytes(self) -> int:
         """Memory of all tails in this process."""
-        ...
 
     def write(self, slab: Sequence[int], slots: Sequence[int], token_ids: Sequence[int]) -> None:
         """Put tokens into slots, each of the slab named."""
-        ...
 
     def clear(self, slab: int) -> None:
         """Empty a slab."""
-        ...
 
 
 class TailSlabs:

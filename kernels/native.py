@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +27,6 @@ _GROUP_PAIR = 32
 """Weight rows are stored in pairs of 16-column groups."""
 _VALUES_PACKED_AT_ONCE = 2**18
 """By one thread; the file's numbers and what is made of them are in memory as well."""
-_Rows = TypeVar("_Rows", covariant=True)
 
 
 def pointers(*names: str) -> tuple[tuple[str, type[ctypes.c_void_p]], ...]:
@@ -99,34 +97,18 @@ def packed_format(ggml_type: int) -> int:
     return BF16_FORMAT if packed < 0 else packed
 
 
-class RowsOf(Protocol[_Rows]):
-    """A matrix, or what reads rows of one when it is indexed: no matrix is then in memory twice."""
-
-    def __getitem__(self, rows: slice, /) -> _Rows: ...
-
-
-@dataclass(frozen=True)
-class ReadRows(Generic[_Rows]):
-    """Rows by a function that reads them."""
-
-    read: Callable[[slice], _Rows]
-
-    def __getitem__(self, rows: slice) -> _Rows:
-        return self.read(rows)
-
-
 @dataclass(frozen=True)
 class MatrixPart:
     """Rows of a weight matrix, and ``row_map`` [rows]: where each goes in the packed one.
 
     Exactly one of ``blocks`` (GGUF blocks, uint8 [rows, bytes], of ggml type ``ggml_type``) and ``values``
-    (float32 [rows, k], stored as bf16) is given.
+    (float32 [rows, k], stored as bf16) is given, or what reads some of them: no matrix is then in memory twice.
     """
 
     row_map: npt.NDArray[np.integer]
     ggml_type: int | None = None
-    blocks: RowsOf[npt.NDArray[np.uint8]] | None = None
-    values: RowsOf[torch.Tensor] | None = None
+    blocks: npt.NDArray[np.uint8] | Callable[[slice], npt.NDArray[np.uint8]] | None = None
+    values: torch.Tensor | Callable[[slice], torch.Tensor] | None = None
 
     @property
     def format(self) -> int:
@@ -178,12 +160,12 @@ class PackedMatrix:
         rows = np.ascontiguousarray(part.row_map[piece], dtype=np.int32)
         places = rows.ctypes.data_as(ctypes.c_void_p), len(rows), self.k
         if part.blocks is not None:
-            blocks = np.ascontiguousarray(part.blocks[piece])
+            blocks = np.ascontiguousarray(part.blocks(piece) if callable(part.blocks) else part.blocks[piece])
             source = blocks.ctypes.data_as(ctypes.c_void_p)
             load_library().evo_pack_ggml(address(self._memory), part.ggml_type, source, *places)
         else:
             assert part.values is not None
-            values = part.values[piece].float().contiguous()
+            values = (part.values(piece) if callable(part.values) else part.values[piece]).float().contiguous()
             load_library().evo_pack_floats(address(self._memory), address(values), *places)
 
 

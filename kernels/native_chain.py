@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from kernels.batched_lora import LoraRows
 from kernels.choose_tokens import RowSampling
-from kernels.head_rows import TailSlabs, TailSlabsStruct
+from kernels.head_rows import TailSlabs
 from kernels.native import MatrixStruct, PackedMatrix, Team, address, integers, load_library, pointers
 from kernels.native_decoder import Decoder, KvCache
 from kernels.native_lora import NativeLora
@@ -60,18 +60,15 @@ class _Outputs(ctypes.Structure):
 
 
 @dataclass(frozen=True)
-class ChainStop:
-    """When B chains end early: all at once, where another token of each promises less than it costs.
+class StopRule:
+    """When chains end early: all at once, where another token of each promises less than it costs.
 
-    A chain's next token promises the chance that it and all before it are accepted. Costs are in tokens.
+    A chain's next token promises the chance that it and all before it are accepted. Costs are in tokens: those that
+    could be had in the same time otherwise.
     """
 
     chances: NDArray[np.float32]
     """[T, 2, CONFIDENCE_LEVELS]: chance of a tenant's greedy and sampled token, by the draft's confidence"""
-    tenants: Sequence[int]
-    """Of each of the B chains, its number among the T"""
-    acceptance: Sequence[Sequence[float]]
-    """[B][the longest chain], by place, before it is drafted, if those before it are accepted"""
     verify_costs: Sequence[float]
     """By place: of verifying one more token"""
     draft_cost: float
@@ -123,8 +120,12 @@ class ChainBatch:
     """With ``sessions``: whose repeats count, -1 for none"""
     lora: LoraRows | None = None
     """What the draft's tokens are adapted by, one a row"""
-    stop: ChainStop | None = None
+    stop: StopRule | None = None
     """None: every chain gets its length"""
+    tenants: Sequence[int] = ()
+    """With ``stop``: the number of each one's tenant among the T"""
+    acceptance: Sequence[Sequence[float]] = ()
+    """With ``stop``: [B][the longest chain], chances by place, before it is drafted, if those before it are accepted"""
 
 
 @dataclass(frozen=True)
@@ -137,11 +138,6 @@ class ChainResult:
     """[S, B, hidden] bf16, from which each token was chosen"""
     confidence: NDArray[np.int32] | None
     """[S, B] levels of the tokens, where chains may end early"""
-
-    def first(self, steps: int) -> ChainResult:
-        """Without what was not made."""
-        made: dict[str, Any] = {name: None if of is None else of[:steps] for name, of in vars(self).items()}
-        return ChainResult(**made)
 
 
 @dataclass(frozen=True)
@@ -177,22 +173,15 @@ class NativeChain:
     norm_output: bool = False
     """Whether the draft's state is what its output norm gives"""
 
-    @functools.cached_property
-    def _tails_struct(self) -> TailSlabsStruct | None:
-        return None if self.tails is None else self.tails.struct
-
     def run(self, batch: ChainBatch, unread: UnreadTokens) -> ChainResult:
         """Read, and draft."""
         num_rows, steps, hidden = len(batch.lengths), batch.lengths[0], len(self.norm)
         only_best = batch.sampling is None and batch.sessions is None and batch.stop is None
         most = self.core.n + (0 if self.tails is None else self.tails.slots)
         count = 1 if only_best else min(self.candidates, most)
-        shape = steps, num_rows
-        result = ChainResult(
-            np.empty(shape, np.int32),
-            torch.empty(*shape, hidden, dtype=torch.bfloat16),
-            None if batch.stop is None else np.empty(shape, np.int32),
-        )
+        states = torch.empty(steps, num_rows, hidden, dtype=torch.bfloat16)
+        tokens = np.empty((steps, num_rows), np.int32)
+        levels = None if batch.stop is None else np.empty((steps, num_rows), np.int32)
         arrays = _arrays(batch)
         tables = np.ascontiguousarray(batch.block_tables, np.int32)
         rows = _Rows(num_rows, steps, tables.shape[1], count, block_tables=tables.ctypes.data)
@@ -201,16 +190,15 @@ class NativeChain:
         if batch.stop is not None:
             rows.chances, rows.draft_cost = batch.stop.chances.ctypes.data, batch.stop.draft_cost
         rows.kept = _lora_of(rows, batch.lora)
-        confidence = None if result.confidence is None else result.confidence.ctypes.data
-        outputs = _Outputs(result.tokens.ctypes.data, result.hidden.data_ptr(), confidence)
+        outputs = _Outputs(tokens.ctypes.data, states.data_ptr(), None if levels is None else levels.ctypes.data)
         structs = self._model, _unread_struct(unread), rows, outputs
         made = load_library().evo_draft_chain(self.team.handle, *map(ctypes.byref, structs))
-        return result.first(made)
+        return ChainResult(tokens[:made], states[:made], None if levels is None else levels[:made])
 
     @functools.cached_property
     def _model(self) -> _Model:
-        tails = self._tails_struct
-        return _Model(
+        tails = None if self.tails is None else self.tails.struct
+        model = _Model(
             *(self.layer.handle, address(self.norm), len(self.norm)),
             *(matrix.struct for matrix in (self.embedding, self.head, self.core)),
             address(self.core_ids),
@@ -220,6 +208,8 @@ class NativeChain:
             ctypes.addressof(self.cache.struct),
             *(self.shift, self.norm_output),
         )
+        model.kept = tails  # alive as long as its address is used
+        return model
 
 
 def _unread_struct(unread: UnreadTokens) -> _Unread:
@@ -248,7 +238,7 @@ def _arrays(batch: ChainBatch) -> dict[str, array[Any]]:
     if batch.sessions is not None and batch.texts is not None:
         arrays |= {"sessions": array("i", batch.sessions), "texts": array("i", batch.texts)}
     if (stop := batch.stop) is not None:
-        arrays["tenants"] = array("i", stop.tenants)
-        arrays["acceptance"] = array("f", chain.from_iterable(stop.acceptance))
+        arrays["tenants"] = array("i", batch.tenants)
+        arrays["acceptance"] = array("f", chain.from_iterable(batch.acceptance))
         arrays["verify_costs"] = array("f", stop.verify_costs)
     return arrays

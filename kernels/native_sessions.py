@@ -236,10 +236,6 @@ class Sessions:
         applied: NDArray[np.float32] = self._weights[sessions] * self._uses * (self._gains[sessions] >= 0.0)[:, None]
         return applied
 
-    def unit(self, session: int) -> float:
-        """What one occurrence adds to a session's counts now."""
-        return float(self.state(session).unit)
-
     def state(self, session: int) -> StateStruct:
         """Where a session stands."""
         state: StateStruct = self._library.evo_sessions_state(self.handle, session).contents

@@ -59,7 +59,8 @@ class TableSizes:
 class GraphArrays:
     """Followers of each token, the most likely first: those of u at ``offsets[u]`` .. ``offsets[u + 1] - 1``.
 
-    The prior looks at ``width`` of them; the value of one is 1 + its log-probability times ``scale``.
+    ``offsets`` [vocab + 1], the others [edges]. The prior looks at ``width`` followers of a token; the value of one is
+    1 + its log-probability times ``scale``.
     """
 
     offsets: NDArray[np.int64]

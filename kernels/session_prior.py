@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import torch
 
-from kernels.drafted_rounds import DraftedRounds
 from kernels.head_rows import HeadRows
 from kernels.native_sessions import Sessions
 from kernels.native_texts import Texts
-from kernels.session_memory import SessionMemory, TextMemory
+from kernels.session_memory import DraftedRounds, SessionMemory, TextMemory
 
 
 class GpuPrior:

@@ -25,12 +25,7 @@ def upload(device: torch.device, *arrays: NDArray[Any]) -> list[torch.Tensor]:
 
 
 class FixedMemory:
-    """Memory that CUDA graphs read: some arrays of a device, which are written anew, in the same shapes, for each step.
-
-    Args:
-        device: where it is.
-        arrays: the first ones.
-    """
+    """Memory that CUDA graphs read: arrays on a device, which are written anew, in the same shapes, for each step."""
 
     def __init__(self, device: torch.device, *arrays: NDArray[Any]) -> None:
         self._block = torch.empty(_starts(arrays)[-1], dtype=torch.uint8, device=device)

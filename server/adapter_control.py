@@ -24,12 +24,7 @@ _UNAVAILABLE = "Redis, through which the worker is reached, does not answer."
 
 
 class AdapterControl:
-    """Reaches the worker through the Redis of the token log.
-
-    Args:
-        gate: of that Redis.
-        stream: key of the token log.
-    """
+    """Reaches the worker through the Redis of the token log, whose key is ``stream``."""
 
     def __init__(self, gate: RedisGate, stream: str) -> None:
         self._gate = gate

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from prometheus_client import Gauge
+from prometheus_client import CollectorRegistry
 
 from engine.messages import AlignmentStats
 from engine.online.adapter_control import AdapterStatus, WorkerStatus
@@ -56,11 +56,10 @@ _GONE_AFTER = 10.0
 class AlignmentMetrics:
     """All series of alignment. Those of the worker are as of its last report, and leave with it."""
 
-    def __init__(self, families: MetricFamilies) -> None:
-        def gauge(name: str, about: str, *labels: str) -> Gauge:
-            return families.gauge(f"alignment_{name}", about, *labels)
-
-        counters = {name: families.counter(f"alignment_{name}", about) for name, about in _COUNTERS.items()}
+    def __init__(self, registry: CollectorRegistry) -> None:
+        families = MetricFamilies(registry, "alignment_")
+        gauge = families.gauge
+        counters = {name: families.counter(name, about) for name, about in _COUNTERS.items()}
         self.counters, self._steps = EngineCounters(counters), counters["steps"]
         self._channel_version = gauge("channel_version", "Of the weight channel: grows with each publication.")
         self._draft_version = gauge("draft_version", "Of the adapters that the engine drafts with.", "key")
@@ -82,7 +81,6 @@ class AlignmentMetrics:
         return value_of(self._steps)
 
     def observe_engine(self, stats: AlignmentStats) -> None:
-        """Take over what the engine reports."""
         self.layout = stats.layout
         self._enabled.set(1)
         self.counters.follow(stats)

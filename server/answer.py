@@ -16,9 +16,12 @@ from server.errors import ApiError
 from server.generation import Generation, Piece
 from server.json_bodies import JsonResponse
 from server.schemas.answers import AnswerBody, ResponseMetrics, Usage
+from server.schemas.chat import ChatCompletionRequest
 from server.schemas.fields import SamplingFields
 from server.serving import Serving
 from server.sse import DONE, EventStream, event, run_until_disconnect
+from server.tools.answer_parser import AnswerParser
+from server.tools.blocks import BlockWriter, Change
 
 
 class Answer(ABC):
@@ -90,9 +93,7 @@ class ChoicesAnswer(Answer):
 
     async def collect(self) -> bytes:
         """All choices in one body."""
-        async with aclosing(self._generation.run()) as steps:
-            pieces = [piece async for step in steps for piece in step]
-        return await self._generation.in_share(pieces, self._encode_whole)
+        return await self._generation.collect(self._encode_whole)
 
     async def end(self) -> bytes:
         """Usage and metrics if asked for, then the end mark."""
@@ -132,3 +133,42 @@ class ChoicesAnswer(Answer):
             usage=usage,
             metrics=metrics,
         )
+
+
+class BlocksAnswer(Answer):
+    """The answer to one conversation as blocks, one after the other: of OpenAI's Responses and Anthropic's Messages.
+
+    An API says what its events and its whole answer look like. ``chat`` is the request, as one for chat.
+    """
+
+    def __init__(
+        self, chat: ChatCompletionRequest, generation: Generation, serving: Serving, is_thinking: bool
+    ) -> None:
+        super().__init__(chat.stream, generation, serving)
+        self._writer = BlockWriter(AnswerParser(serving.chat_format, bool(chat.usable_tools), is_thinking))
+        self._last: Piece | None = None
+
+    @abstractmethod
+    def whole(self) -> msgspec.Struct:
+        """The whole answer, once all is generated."""
+
+    @abstractmethod
+    def begin(self) -> bytes:
+        """The events before the first block."""
+
+    @abstractmethod
+    def change(self, change: Change) -> bytes:
+        """The events that say what has changed."""
+
+    async def collect(self) -> bytes:
+        """The whole answer, encoded. Its events are made, too, and nobody reads them."""
+        async with aclosing(self.events()) as events:
+            async for _ in events:
+                pass
+        return msgspec.json.encode(self.whole())
+
+    def encode_events(self, pieces: Sequence[Piece]) -> bytes:
+        """What the pieces of one engine step change."""
+        begin = self.begin() if self._last is None else b""
+        self._last = pieces[-1]
+        return begin + b"".join(map(self.change, self._writer.write(pieces)))

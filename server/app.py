@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from importlib.metadata import version as package_version
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ import structlog
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
+from engine.models.config import ModelFiles
 from engine.models.registry import resolve_model
 from engine.models.sampling_defaults import sampling_defaults
 from engine.text.tokenizer import Tokenizer
@@ -26,20 +28,7 @@ from server.openapi import install_openapi
 from server.rate_limit import RateLimiter
 from server.redis_gate import RedisGate
 from server.responses.store import ResponseStore
-from server.routes import (
-    about,
-    adapters,
-    chat,
-    completions,
-    docs,
-    embeddings,
-    messages,
-    overview,
-    page,
-    responses,
-    sessions,
-    tokens,
-)
+from server.routes import about, adapters, chat, completions, embeddings, messages, page, responses, sessions, tokens
 from server.serving import Serving
 from server.session_store import SessionStore
 from server.settings import ConfigurationError, Settings
@@ -66,31 +55,25 @@ def create_app(settings: Settings) -> FastAPI:
     if settings.redis.url is None:
         raise ConfigurationError("redis.url is needed where nobody starts an embedded Valkey")
     files = resolve_model(settings.engine.model, progress=False)
-    tokenizer = Tokenizer.from_files(files)
-    model = settings.engine.model.served_name or files.name
+    tenants = TenantRegistry.from_settings(settings.auth, settings.limits)
+    log_url = settings.engine.alignment.redis_url or settings.redis.url
+    gates = RedisGate(settings.redis.url, settings.redis), RedisGate(log_url, settings.redis)
+    serving = _serving(settings, files, *gates)
+    tracing = _tracing(settings.tracing.endpoint, serving.model)
     app = FastAPI(
         title="EvoSpec",
         version=package_version("evospec"),
-        lifespan=_lifespan,
+        lifespan=partial(_lifespan, gates=gates, tracing=tracing),
         openapi_url=None,  # a route of ours, which wants a key
         redirect_slashes=False,
     )
-    app.state.settings = settings
+    app.state.settings, app.state.tenants, app.state.serving = settings, tenants, serving
     app.state.leaving = app.state.draining = False
-    app.state.model, app.state.model_root = model, files.name
-    app.state.tokenizer = tokenizer
-    app.state.sampling_defaults = sampling_defaults(files)
-    app.state.metrics = Metrics(model)
-    app.state.tracing = _tracing(settings.tracing.endpoint, model)
-    app.state.tenants = TenantRegistry.from_settings(settings.auth, settings.limits)
-    for module in (
-        *(completions, chat, responses, messages, embeddings, tokens),
-        *(sessions, adapters, about, overview, page, docs),
-    ):
+    for module in (completions, chat, responses, messages, embeddings, tokens, sessions, adapters, about, page):
         app.include_router(module.router)
     app.include_router(about.public_router)
     install_error_handlers(app)
-    install_openapi(app, model, app.state.tenants.has_keys)
+    install_openapi(app, serving.model, tenants.has_keys)
     if origins := settings.http.allowed_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -99,51 +82,52 @@ def create_app(settings: Settings) -> FastAPI:
             allow_headers=["*"],
             expose_headers=["X-Request-Id", "X-Ignored-Fields", "Retry-After"],
         )
-    app.add_middleware(RequestMiddleware, metrics=app.state.metrics, tracing=app.state.tracing)
+    app.add_middleware(RequestMiddleware, metrics=serving.metrics, tracing=tracing)
     return app
 
 
-@asynccontextmanager
-async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
-    state, settings = app.state, app.state.settings
-    gate = RedisGate(settings.redis.url, settings.redis)
-    log_gate = RedisGate(settings.engine.alignment.redis_url or settings.redis.url, settings.redis)
-    vocabulary = state.tokenizer.fingerprint()
-    engine = EngineClient(settings.engine, settings.http.engine_timeout, state.metrics.engine, vocabulary)
-    state.metrics.engine.up.set_function(lambda: float(engine.ready))
-    work = WorkShares()
-    state.serving = Serving(
-        model=state.model,
-        model_root=state.model_root,
+def _serving(settings: Settings, files: ModelFiles, gate: RedisGate, log_gate: RedisGate) -> Serving:
+    model, tokenizer, work = settings.engine.model.served_name or files.name, Tokenizer.from_files(files), WorkShares()
+    metrics, timeout = Metrics(model), settings.http.engine_timeout
+    engine = EngineClient(settings.engine, timeout, metrics.engine, tokenizer.fingerprint())
+    metrics.engine.up.set_function(lambda: float(engine.ready))
+    return Serving(
+        model=model,
+        model_root=files.name,
         strict=settings.http.strict,
         created=int(time.time()),
-        tokenizer=state.tokenizer,
-        chat_format=ChatFormat.of(state.tokenizer),
-        sampling_defaults=state.sampling_defaults,
+        tokenizer=tokenizer,
+        chat_format=ChatFormat.of(tokenizer),
+        sampling_defaults=sampling_defaults(files),
         engine=engine,
         rate_limiter=RateLimiter(gate, settings.limits.when_redis_is_down),
-        sessions=SessionStore(gate, settings.sessions, state.metrics, work),
+        sessions=SessionStore(gate, settings.sessions, metrics, work),
         responses=ResponseStore(gate, settings.responses),
-        metrics=state.metrics,
+        metrics=metrics,
         adapters=AdapterControl(log_gate, settings.engine.alignment.log.stream),
         work=work,
         bodies=BodyRoom(_BODIES_PER_TENANT * settings.http.max_body_bytes),
     )
-    load_parser(state.serving.chat_format)
-    connection = asyncio.create_task(engine.run())
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI, gates: Sequence[RedisGate], tracing: Tracing | None) -> AsyncIterator[None]:
+    serving: Serving = app.state.serving
+    load_parser(serving.chat_format)
+    connection = asyncio.create_task(serving.engine.run())
     connection.add_done_callback(_log_failure)
     try:
         yield
     finally:
         connection.cancel()
         await asyncio.gather(connection, return_exceptions=True)
-        await state.serving.sessions.close()
-        await state.serving.rate_limiter.close()
-        work.close()
-        await gate.close()
-        await log_gate.close()
-        if state.tracing is not None:
-            await asyncio.to_thread(state.tracing.close)
+        await serving.sessions.close()
+        await serving.rate_limiter.close()
+        serving.work.close()
+        for gate in gates:
+            await gate.close()
+        if tracing is not None:
+            await asyncio.to_thread(tracing.close)
 
 
 def _tracing(endpoint: str | None, model: str) -> Tracing | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -23,19 +23,6 @@ class _Room:
     freed: asyncio.Event = field(default_factory=asyncio.Event)
 
 
-class HeldRoom:
-    """Room that a request holds for its body."""
-
-    def __init__(self, room: _Room, size: int) -> None:
-        self._room, self._size = room, size
-
-    def shrink(self, size: int) -> None:
-        """Keep only ``size`` bytes of it."""
-        self._room.used -= self._size - size
-        self._size = size
-        self._room.freed.set()
-
-
 class BodyRoom:
     """``size`` bytes for the bodies of each tenant, given in the order in which they were asked for.
 
@@ -48,8 +35,11 @@ class BodyRoom:
         self._rooms: defaultdict[str, _Room] = defaultdict(_Room)
 
     @asynccontextmanager
-    async def hold(self, tenant: str, size: int) -> AsyncIterator[HeldRoom]:
-        """Hold room for ``size`` bytes as long as the block lasts. Raises ``Overloaded`` where too many wait."""
+    async def hold(self, tenant: str, size: int) -> AsyncIterator[Callable[[int], None]]:
+        """Hold room for ``size`` bytes as long as the block lasts, or for less once the block calls what it is given.
+
+        Raises ``Overloaded`` where too many wait.
+        """
         room = self._rooms[tenant]
         if room.num_waiting >= MAX_WAITING:
             raise Overloaded
@@ -62,8 +52,15 @@ class BodyRoom:
                 room.used += size
         finally:
             room.num_waiting -= 1
-        held = HeldRoom(room, size)
+        held = size
+
+        def shrink(size: int) -> None:
+            nonlocal held
+            room.used -= held - size
+            held = size
+            room.freed.set()
+
         try:
-            yield held
+            yield shrink
         finally:
-            held.shrink(0)
+            shrink(0)

@@ -54,13 +54,7 @@ class AnswerSpeed:
 class Conversation:
     """What was said, and with whom. Its session lets the draft learn from answer to answer.
 
-    Args:
-        url: of the server, with or without ``/v1``.
-        api_key: None for a server that wants none.
-        model: None for the first that the server has.
-
-    Raises:
-        RemoteError: the server cannot be reached, or refuses.
+    ``model`` None is the first that the server has. Raises ``RemoteError`` if that cannot be asked.
     """
 
     def __init__(self, url: str, api_key: str | None, model: str | None) -> None:

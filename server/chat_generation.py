@@ -56,24 +56,13 @@ async def begin_chat(
     """
     session_id = check_request(body, session_header, tenant, serving)
     info, n = serving.engine_info, body.n or 1
-    prompt = await work.run(encode_chat, body, serving)
-    prompts = [prompt]
+    prompts = [await work.run(encode_chat, body, serving)]
     check_prompts(prompts, "messages", info)
     prediction = await work.run(encode_prediction, serving.tokenizer, body.prediction, info)
-    max_tokens = body.asked_tokens
-    if max_tokens is None:
-        max_tokens = default_max_tokens(prompts, n, info, tenant)
-    max_tokens = fit_max_tokens(max_tokens, body.length_field, prompts, info, serving.strict)
+    max_tokens = fit_max_tokens(body, default_max_tokens(prompts, n, info, tenant), prompts, serving)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    sampling = await work.run(
-        to_sampling_params,
-        body,
-        max_tokens=max_tokens,
-        vocab_size=info.vocab_size,
-        defaults=serving.sampling_defaults,
-        logprobs=logprobs,
-    )
-    is_thinking = serving.chat_format.is_thinking(prompt.text or "")
+    sampling = await work.run(to_sampling_params, body, max_tokens, serving, logprobs)
+    is_thinking = serving.chat_format.is_thinking(prompts[0].text or "")
     grammar = await work.run(chat_grammar, body, sampling.grammar, serving.chat_format, is_thinking)
     sampling = msgspec.structs.replace(sampling, grammar=grammar)
     generation = Generation(serving, tenant, prompts, sampling, n, session_id=session_id, prediction=prediction)

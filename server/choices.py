@@ -15,7 +15,7 @@ class ChoiceText:
     """Text of one sequence, piece by piece: never half a character, never a part of a stop string."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
-        self._detokenizer = IncrementalDetokenizer(tokenizer)
+        self._detokenizer = IncrementalDetokenizer(tokenizer.token_bytes)
         self._stop = StopStringBuffer(stop)
         self._length = 0
 

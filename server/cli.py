@@ -126,17 +126,13 @@ def keys_new(tenant: Annotated[str, typer.Argument(help="Name of the tenant, as 
     print(f'lines for the keys file:\n[tenants.{name}]\nkeys = ["{hash_key(key)}"]')
 
 
-@vocab_app.command("build")
-def vocab_build(
-    model: Annotated[str, typer.Argument(help="Registry name, path or hub id of the target.")],
-    output: Annotated[Path | None, typer.Option(help="Directory; default: drafts/<model>.")] = None,
-) -> None:
-    """Count tokens and bigrams of a model's generated answers: speculation.vocabulary static:K and dynamic:K+S."""
-    options = [] if output is None else ["--output", str(output)]
-    os.execv(sys.executable, [sys.executable, "-m", "adapters.training.count", *options, "--", model])
-
-
 # The options of these are those of the programs that do the work, which load torch.
+@vocab_app.command("build", context_settings=_SETTINGS_COMMAND, add_help_option=False)
+def vocab_build(context: typer.Context) -> None:
+    """Count tokens and bigrams of a model's generated answers: speculation.vocabulary static:K and dynamic:K+S."""
+    os.execv(sys.executable, [sys.executable, "-m", "adapters.training.count", *context.args])
+
+
 @vocab_app.command("add-text", context_settings=_SETTINGS_COMMAND, add_help_option=False)
 def vocab_add_text(context: typer.Context) -> None:
     """Add a directory of text to the token counts of a model's draft."""

@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from server.foreign_options import ADVICE
-from server.settings import SHORTCUTS, ConfigurationError, fields_of, section_of, sections
+from server.settings import SHORTCUTS, ConfigurationError, all_options, sections
 
 COMMON = (
     *("engine.model.name", "engine.model.served_name", "engine.model.max_model_len", "http.host", "http.port"),
@@ -33,8 +33,8 @@ def with_model_flag(arguments: Sequence[str]) -> list[str]:
 
 def check_flags(arguments: Sequence[str]) -> None:
     """Raise ``ConfigurationError`` if there are unknown options; it says of each what to give instead."""
-    known = [flag for path, field in _options() for flag in _flags(path, field)]
-    whole = [f"--{'.'.join(path)}" for path, _ in sections()]  # sections, as JSON
+    known = [flag for name, field in all_options().items() for flag in _flags(name, field)]
+    whole = [f"--{path}" for path, _, _ in sections()]  # sections, as JSON
     flags = [argument.partition("=")[0] for argument in arguments if argument.startswith("-")]
     unknown = [flag for flag in flags if flag not in (*known, *whole) and not _is_number(flag)]
     if unknown:
@@ -45,20 +45,19 @@ def check_flags(arguments: Sequence[str]) -> None:
 def help_text(command: str, summary: str) -> str:
     """What ``evospec COMMAND --help`` shows: the common options first, then all others, subject by subject."""
     width = min(120, shutil.get_terminal_size((100, 24)).columns)
-    options = {".".join(path): field for path, field in _options()}
+    known = all_options()
     lines = [f"usage: evospec {command} [MODEL] [OPTION ...]", "", *textwrap.wrap(summary, width), ""]
     lines += ["Common options:"]
     for name in COMMON:
-        lines += _entry(name, options[name], width)
+        lines += _entry(name, known[name], width)
     lines += ["", "An option is also a line of the file that --config names, or a variable in the environment:"]
     lines += ["EVOSPEC_HTTP__PORT=9000 is --http.port 9000. --no-OPTION switches one off."]
     lines += ["docs/configuration.md has them all."]
-    for section_path, section in sections():
-        fields = {".".join([*section_path, name]): field for name, field in fields_of(section).items()}
-        rest = {name: field for name, field in fields.items() if name in options and name not in COMMON}
+    for path, section, options in sections():
+        rest = {name: field for name, field in options.items() if name not in COMMON}
         if rest:
             about = " ".join((section.__doc__ or "").split())
-            lines += ["", *textwrap.wrap(f"{'.'.join(section_path)}: {about}", width)]
+            lines += ["", *textwrap.wrap(f"{path}: {about}", width)]
         for name, field in rest.items():
             lines += _entry(name, field, width)
     return "\n".join(lines)
@@ -74,22 +73,11 @@ def _entry(name: str, field: FieldInfo, width: int) -> list[str]:
     return [f"  {flag}{shown}", *textwrap.wrap(meaning, width, initial_indent=indent, subsequent_indent=indent)]
 
 
-def _options() -> Iterator[tuple[list[str], FieldInfo]]:
-    """Every option that may be set from outside, with the names on the way to it."""
-    for path, model in sections():
-        for name, field in fields_of(model).items():
-            if not section_of(field):
-                yield [*path, name], field
-
-
-def _flags(path: Sequence[str], field: FieldInfo) -> Iterator[str]:
-    names = [".".join(path)]
-    if names[0] in SHORTCUTS:
-        names.append(SHORTCUTS[names[0]])
-    for name in names:
-        yield f"--{name}"
+def _flags(name: str, field: FieldInfo) -> Iterator[str]:
+    for one in dict.fromkeys((name, SHORTCUTS.get(name, name))):
+        yield f"--{one}"
         if field.annotation is bool:
-            yield f"--no-{name}"
+            yield f"--no-{one}"
 
 
 def _hint(flag: str, known: Sequence[str]) -> str:

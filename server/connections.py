@@ -23,12 +23,7 @@ _IPV6_PREFIX = 64
 
 
 class ConnectionLimit:
-    """Counts open connections.
-
-    Args:
-        most: connections together.
-        address_share: share of them that one client address may hold, at least one connection.
-    """
+    """Counts open connections: ``most`` together, of which a client address may hold a share, but always one."""
 
     def __init__(self, most: int, address_share: float) -> None:
         self._most = most

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from prometheus_client import CollectorRegistry
+
 from engine.messages import EngineOutputs, EngineReady, EngineStats, StepTimings
 from server.alignment_metrics import AlignmentMetrics
 from server.metric_families import EngineCounters, MetricFamilies, value_of
@@ -20,7 +22,6 @@ _GAUGES = {
     "vocabularies_total": ("vocabularies_total", "How many can have one at once."),
 }
 """By their field of ``EngineStats``."""
-_LOAD = ("num_running", "num_waiting", "blocks_used", "blocks_total")
 _COUNTERS = {
     "prefix_query_tokens": ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache."),
     "prefix_hit_tokens": ("prefix_cache_hits", "Prompt tokens found in the prefix cache."),
@@ -34,7 +35,8 @@ _COUNTERS = {
 class EngineMetrics:
     """All that the engine reports of itself. ``tenant_label``: the value of the label ``tenant`` for a tenant."""
 
-    def __init__(self, families: MetricFamilies, tenant_label: Callable[[str], str]) -> None:
+    def __init__(self, registry: CollectorRegistry, tenant_label: Callable[[str], str]) -> None:
+        families = MetricFamilies(registry)
         gauge, histogram = families.gauge, families.histogram
         self.up = gauge("engine_up", "1 if the engine is ready.")
         self.restarts = families.counter("engine_restarts", "Engine processes replaced.")
@@ -60,12 +62,11 @@ class EngineMetrics:
         )
         self._step_tokens = histogram("engine_step_tokens", "Tokens computed in a step.", [2**i for i in range(14)])
         self._step_parts = [step_seconds.labels(part) for part in ("draft", "verify", "sample", "overhead", "total")]
-        self.alignment = AlignmentMetrics(families)
+        self.alignment = AlignmentMetrics(registry)
         self._tenant_label = tenant_label
         self._epoch: str | None = None
 
     def observe_ready(self, info: EngineReady) -> None:
-        """Show what the engine runs on."""
         self._info.clear()
         self._info.labels(info.dtype, info.attention_backend, info.draft or "none").set(1)
         self._kv_bytes.set(info.kv_bytes)
@@ -83,8 +84,8 @@ class EngineMetrics:
             self._observe_step(step)
 
     def load(self) -> EngineOverview:
-        """What the engine does now."""
-        running, waiting, used, total = (value_of(self._gauges[name]) for name in _LOAD)
+        names = ("num_running", "num_waiting", "blocks_used", "blocks_total")
+        running, waiting, used, total = (value_of(self._gauges[name]) for name in names)
         return EngineOverview(running=running, waiting=waiting, kv_blocks_used=used, kv_blocks_total=total)
 
     def lost(self) -> None:

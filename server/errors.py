@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import msgspec
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.types import Scope
 
 _TYPES = {
@@ -23,7 +24,7 @@ _TYPES = {
 """Where it is not simply the request's fault, or the server's."""
 
 
-class ErrorDetail(BaseModel):
+class ErrorDetail(msgspec.Struct, frozen=True):
     """What went wrong; ``param`` names the offending field of the request, if one field is at fault."""
 
     message: str
@@ -32,7 +33,7 @@ class ErrorDetail(BaseModel):
     code: str | None = None
 
 
-class ErrorResponse(BaseModel):
+class ErrorResponse(msgspec.Struct, frozen=True):
     """Body of every response with status 400 or higher."""
 
     error: ErrorDetail
@@ -58,23 +59,22 @@ class ApiError(Exception):
         self.code = code
         self.retry_after = retry_after
 
-    def body(self) -> dict[str, Any]:
-        """The JSON body."""
-        detail = ErrorDetail(message=self.message, type=self.type, param=self.param, code=self.code)
-        return {"error": detail.model_dump()}
+    def body(self) -> ErrorResponse:
+        """The body in the shape of the OpenAI API."""
+        return ErrorResponse(ErrorDetail(self.message, self.type, self.param, self.code))
 
     def response(self, scope: Scope | None = None) -> Response:
         """The HTTP response, with ``Retry-After`` rounded up to whole seconds, at least 1.
 
         Its body is what the route of ``scope`` makes of the error (``error_body``), if it is of another API.
         """
-        body: Callable[[ApiError], Any] = getattr((scope or {}).get("route"), "error_body", ApiError.body)
+        body: Callable[[ApiError], msgspec.Struct] = getattr((scope or {}).get("route"), "error_body", ApiError.body)
         headers = {}
         if self.retry_after is not None:
             headers["Retry-After"] = str(max(1, -int(-self.retry_after // 1)))
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
-        return JSONResponse(body(self), status_code=self.status, headers=headers)
+        return Response(msgspec.json.encode(body(self)), self.status, headers, media_type="application/json")
 
 
 def _printable(text: str) -> str:
@@ -104,8 +104,6 @@ def validation_error(errors: Sequence[Any], body: Any) -> ApiError:
     into the value is the one meant.
     """
     first = errors[0]
-    if first["type"] == "json_invalid":
-        return bad_request(f"The request body is not valid JSON: {first['ctx']['error']}.")
     if tuple(first["loc"]) == ("body",) and "param" not in first.get("ctx", {}):
         return bad_request("The request body must be a JSON object, sent with Content-Type: application/json.")
     paths = [_path(error, body) for error in errors]
@@ -113,9 +111,7 @@ def validation_error(errors: Sequence[Any], body: Any) -> ApiError:
     messages = dict.fromkeys(str(e["msg"]) for e, p in zip(errors, paths, strict=True) if p == path)
     param = ".".join(path)
     kind = errors[paths.index(path)]["type"]
-    code = None
-    if kind in ("extra_forbidden", "unsupported_parameter", "misspelt"):
-        code = "unsupported_parameter"
+    code = "unsupported_parameter" if kind in ("extra_forbidden", "unsupported_parameter", "misspelt") else None
     if kind == "extra_forbidden":
         return bad_request(f"Unknown or unsupported parameter: {param}.", param, code)
     return bad_request(f"{param}: {'; or: '.join(messages)}", param, code)

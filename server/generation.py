@@ -47,6 +47,11 @@ class Piece:
     echo: str = ""
 
     @property
+    def is_ended_by_model(self) -> bool:
+        """Whether the choice ends here by the model's own doing: no stop string and no limit cut it off."""
+        return self.finish_reason == "stop" and self.stop_reason is None
+
+    @property
     def size(self) -> int:
         """About the bytes of text whose parsing takes as long as it takes to write this out."""
         entries = [*self.logprobs, *self.prompt_logprobs]
@@ -56,11 +61,6 @@ class Piece:
 
 class Generation:
     """Runs ``n`` choices for each prompt; choice ``i`` of a prompt samples with seed + i.
-
-        generation = Generation(serving, tenant, prompts, sampling, n=1)
-        async with aclosing(generation.run()) as steps:
-            async for pieces in steps: ...
-        generation.usage(), generation.metrics()
 
     ``keep_output`` False (``max_tokens`` 0, and embeddings) drops the one token that the engine always makes. All
     choices start from the state of the session that ``session_id`` names, and what each ends with is merged into it.
@@ -86,9 +86,7 @@ class Generation:
         self._keep_output = keep_output
         self._session_id = session_id
         self._prediction = list(prediction)
-        self._session_state: SessionState | None = None
         self._session_snapshots: list[bytes] = []
-        self._failed = False
         self._arrival = time.monotonic()
         self._metrics = serving.metrics.for_tenant(tenant.name)
         self.id = uuid.uuid4().hex
@@ -113,29 +111,30 @@ class Generation:
         prompt_tokens = sum(len(prompt.token_ids) for prompt in self._prompts)
         most_tokens = prompt_tokens + len(self._choices) * self._sampling.max_tokens
         charge = await self._serving.rate_limiter.admit(self._tenant, most_tokens, requests=0)
+        failed = False
         try:
             async with aclosing(self._run_in_session()) as steps:
                 async for pieces in steps:
                     yield pieces
         except ApiError as error:
             # Where it is not the tenant's fault, or nothing was made, all that was charged goes back.
-            self._failed = error.status >= 500 or not any(choice.num_tokens for choice in self._choices.values())
+            failed = error.status >= 500 or not any(choice.num_tokens for choice in self._choices.values())
             raise
         finally:
             self._tell_log()
-            await self._serving.rate_limiter.settle(charge, 0 if self._failed else self.usage().total_tokens)
+            await self._serving.rate_limiter.settle(charge, 0 if failed else self.usage().total_tokens)
 
     async def _run_in_session(self) -> AsyncGenerator[list[Piece], None]:
         """Load the session if there is one, run the choices, and save it, even if some choice did not finish."""
-        session = None
+        session = state = None
         if self._session_id is not None:
             info = self._serving.engine_info
             session = await self._serving.sessions.load(self._tenant.name, self._session_id, info)
         if session is not None:
-            self._session_state = session.state
+            state = session.state
             self._metrics = self._serving.metrics.for_tenant(self._tenant.name, session.state.domain)
         try:
-            async with aclosing(self._serving.engine.generate(self._requests())) as steps:
+            async with aclosing(self._serving.engine.generate(self._requests(state))) as steps:
                 async for outputs in steps:
                     now = time.monotonic()
                     yield [self._to_piece(output, now) for output in outputs]
@@ -143,6 +142,12 @@ class Generation:
         finally:
             if session is not None:
                 await self._serving.sessions.save(session, self._session_snapshots)
+
+    async def collect(self, encode: Callable[[Sequence[Piece]], bytes]) -> bytes:
+        """What ``encode`` makes of all pieces, once they are there."""
+        async with aclosing(self.run()) as steps:
+            pieces = [piece async for step in steps for piece in step]
+        return await self.in_share(pieces, encode)
 
     async def in_share(self, pieces: Sequence[Piece], function: Callable[[Sequence[Piece]], T]) -> T:
         """``function(pieces)``, in the tenant's share of work if they are long."""
@@ -176,8 +181,9 @@ class Generation:
     def _tell_log(self) -> None:
         """Put what came of the request on its line in the log."""
         usage, choices = self.usage(), self._choices.values()
-        steps = sum(sum(choice.steps_by_accepted) for choice in choices)
-        accepted = sum(length * count for one in choices for length, count in enumerate(one.steps_by_accepted))
+        drafts = [choice.speculative_decoding() for choice in choices]
+        steps = sum(one.num_spec_steps for one in drafts)
+        accepted = sum(one.num_accepted_draft_tokens for one in drafts)
         first = min((one.first_output for one in choices if one.last_output is not None), default=None)
         log_figures().update(
             prompt_tokens=usage.prompt_tokens,
@@ -191,14 +197,14 @@ class Generation:
         """The prompt that choice ``index`` continues."""
         return self._prompts[index // self._n]
 
-    def _requests(self) -> list[EngineRequest]:
+    def _requests(self, session: SessionState | None) -> list[EngineRequest]:
         return [
             EngineRequest(
                 request_id=request_id,
                 prompt_token_ids=self.prompt_of(choice.index).token_ids,
                 sampling=msgspec.structs.replace(self._sampling, seed=self._seed_of(choice)),
                 tenant=self._tenant.name,
-                session=self._session_state,
+                session=session,
                 prediction_token_ids=self._prediction,
                 learn=self._tenant.learn,
             )

@@ -45,12 +45,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     Requests are answered in their order. A connection ends after an answer that was given before its request was
     complete, or if what follows the requests in work cannot be served; it ends gently: with ``connection: close``, and
     closed for writing first, because a socket that is closed with unread bytes in it resets, which can cost the client
-    the answer.
-
-    Args:
-        bounds: ``max_header_bytes`` holds for trailers and for what surrounds the bytes of a body in chunks, too.
-        connections: what all connections share.
-        uvicorns: what uvicorn gives its protocol.
+    the answer. ``max_header_bytes`` holds for trailers and for what surrounds the bytes of a body in chunks, too.
     """
 
     def __init__(self, *, bounds: HttpConfig, connections: ConnectionLimit, **uvicorns: Any) -> None:

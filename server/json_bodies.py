@@ -22,8 +22,7 @@ of empty lists, which take 100 MB as well.
 def decode_json(body: bytes) -> Any:
     """The value in ``body``. Strict: no NaN, no lone surrogates, bounded depth.
 
-    Raises:
-        ApiError: 400, it is no JSON, or has too many parts.
+    Raises ``ApiError``: 400 for what is no JSON, or has too many parts.
     """
     _check_parts(body)
     try:

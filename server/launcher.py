@@ -13,7 +13,7 @@ import math
 import resource
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 
 import structlog
 import uvicorn
@@ -25,22 +25,23 @@ from engine.models.registry import resolve_model, validate_model_files
 from engine.validation import validated_files
 from server.app import create_app
 from server.banner import banner
-from server.errors import shutting_down
+from server.errors import install_error_handlers, shutting_down
 from server.http_protocol import LINGER, bounded_http
 from server.instance_directory import instance_directory
-from server.metrics_listener import metrics_config
 from server.options import HttpConfig
 from server.processes import (
+    embedded_valkey,
     engine_process,
     keep_learning_apart,
     learn_where_possible,
-    own_valkey,
+    valkey_url,
     wait_until_healthy,
     worker_process,
 )
+from server.routes import about
 from server.settings import ConfigurationError, Settings
 from server.supervisor import ProcessFailed, SupervisedProcess
-from server.tenants import TenantRegistry, check_exposure, warn_of_client_key
+from server.tenants import METRICS_PATH, TenantRegistry, check_exposure, warn_of_client_key
 
 log = structlog.get_logger(__name__)
 
@@ -49,6 +50,7 @@ _OTHER_FILES = 256
 """Open files that are no connections of clients: sockets of the engine and of Redis, logs, the model's files."""
 _MOST_CONNECTIONS = 32_768
 """Where the system sets no limit that counts: each takes about 10 KB of this process's memory."""
+_MOST_SCRAPERS = 64
 _STOP_GRACE = 5.0
 _POLL_INTERVAL = 0.05
 
@@ -66,32 +68,29 @@ def serve(settings: Settings, *, with_engine: bool) -> int:
     max_connections = _allow_many_connections()
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(instance_directory())
-        listener = stack.enter_context(_listen(settings.http.host, settings.http.port))
+        listeners = [stack.enter_context(_listen(settings.http.host, settings.http.port))]
+        if settings.http.metrics_address is not None:
+            host, _, port = settings.http.metrics_address.rpartition(":")
+            listeners.append(stack.enter_context(_listen(host.strip("[]"), int(port))))
         children: list[SupervisedProcess] = []
         settings = settings.model_copy(deep=True)
         if with_engine:
             learn_where_possible(settings, files)
         learns = with_engine and settings.engine.alignment.enabled
         if learns:
-            instance = f"{socket.gethostname()}:{listener.getsockname()[1]}" if settings.redis.url else None
+            instance = f"{socket.gethostname()}:{listeners[0].getsockname()[1]}" if settings.redis.url else None
             keep_learning_apart(settings.engine.alignment, instance, stack)
         if settings.redis.url is None:
-            children.append(own_valkey(settings, directory))
+            settings.redis.url = valkey_url(directory)
+            children.append(embedded_valkey(directory))
         if with_engine and "address" not in settings.engine.model_fields_set:  # the operator chose none
             settings.engine.address = f"ipc://{directory / 'engine.sock'}"
-        url, app = _local_url(listener), create_app(settings)
-        metrics_listener = _listen_for_metrics(settings.http, stack)
+        app = create_app(settings)
         if with_engine:
-            children.append(engine_process(settings, url, app))
+            children.append(engine_process(settings, _local_url(listeners[0]), app))
             if learns:
                 children.append(worker_process(settings, app))
-
-        def greet() -> None:
-            text = banner(url, app.state.model, app.state.serving.engine_info, needs_key=tenants.has_keys)
-            with contextlib.suppress(OSError, ValueError):  # nobody reads it, or its letters cannot be written there
-                print(text, flush=True)
-
-        launcher = _Launcher(app, settings.http, max_connections, listener, metrics_listener, children, url, greet)
+        launcher = _Launcher(app, max_connections, listeners, children)
         gc.collect()
         gc.freeze()  # what is there now stays: to walk it in each full collection would stop all requests for 0.1 s
         with asyncio.Runner(loop_factory=launcher.loop_factory) as runner:
@@ -123,38 +122,25 @@ class _ApiServer(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         yield
 
-    def end_connections(self) -> None:
-        """End each connection after the requests in work on it; what has not arrived whole is refused."""
-        for connection in list(self.server_state.connections):
-            connection.shutdown()
-
     @property
     def num_running_requests(self) -> int:
         return len(self.server_state.tasks)
 
 
 class _Launcher:
-    """One run of the server, from start to drained."""
+    """One run of the server, from start to drained. ``listeners``: of the API and, if wanted, of the metrics."""
 
     def __init__(
         self,
         app: FastAPI,
-        http: HttpConfig,
         max_connections: int,
-        listener: socket.socket,
-        metrics_listener: socket.socket | None,
-        children: list[SupervisedProcess],
-        url: str,
-        greet: Callable[[], None],
+        listeners: Sequence[socket.socket],
+        children: Sequence[SupervisedProcess],
     ) -> None:
-        self._app = app
-        self._http = http
-        self._listener, self._metrics_listener = listener, metrics_listener
-        self._children = children
-        self._url = url
-        self._greet = greet
+        self._app, self._listeners, self._children = app, listeners, children
+        self._http = http = app.state.settings.http
         config = uvicorn.Config(
-            self._app,
+            app,
             log_config=None,
             log_level="warning",
             access_log=False,
@@ -166,7 +152,7 @@ class _Launcher:
             ws="none",
         )
         self._api = _ApiServer(config)
-        self._metrics = _ApiServer(metrics_config(app, http))
+        self._servers = self._api, _ApiServer(_metrics_config(app, http))
         self.loop_factory = config.get_loop_factory()
         self._first_signal = asyncio.Event()
         self._second_signal = asyncio.Event()
@@ -174,12 +160,11 @@ class _Launcher:
     async def run(self) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self._on_signal, number)
-        log.info("listening", url=self._url)
-        api = asyncio.create_task(self._api.serve(sockets=[self._listener]))
-        servers = [api]
-        if self._metrics_listener is not None:
-            log.info("metrics", url=_local_url(self._metrics_listener))
-            servers.append(asyncio.create_task(self._metrics.serve(sockets=[self._metrics_listener])))
+        servers = []
+        for event, server, listener in zip(("listening", "metrics"), self._servers, self._listeners, strict=False):
+            log.info(event, url=_local_url(listener))
+            servers.append(asyncio.create_task(server.serve(sockets=[listener])))
+        api = servers[0]
         running = asyncio.create_task(self._run_children())
         first_signal = asyncio.create_task(self._first_signal.wait())
         failure: ProcessFailed | None = None
@@ -211,8 +196,11 @@ class _Launcher:
         """Start the children, say where the server is once it answers, keep the children alive until cancelled."""
         for child in self._children:
             await child.start()
-        await wait_until_healthy(self._url)
-        self._greet()
+        url, serving = _local_url(self._listeners[0]), self._app.state.serving
+        await wait_until_healthy(url)
+        text = banner(url, serving.model, serving.engine_info, needs_key=self._app.state.tenants.has_keys)
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it, or its letters cannot be written there
+            print(text, flush=True)
         await asyncio.gather(asyncio.Event().wait(), *(child.keep_alive() for child in self._children))
 
     async def _drain(self) -> None:
@@ -221,7 +209,8 @@ class _Launcher:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._second_signal.wait(), self._http.drain_delay)
         self._app.state.draining = True
-        self._api.end_connections()
+        for connection in list(self._api.server_state.connections):
+            connection.shutdown()  # after the requests in work on it; what has not arrived whole is refused
         log.info("draining", requests=self._api.num_running_requests, timeout=self._http.drain_timeout)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._http.drain_timeout):
@@ -238,10 +227,22 @@ class _Launcher:
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
         await asyncio.gather(*(child.stop(0 if at_once else _STOP_GRACE) for child in self._children))
-        self._api.should_exit = self._metrics.should_exit = True
+        for server in self._servers:
+            server.should_exit = True
         self._api.force_exit = at_once
         await asyncio.gather(*servers, return_exceptions=True)
         log.info("stopped", unfinished_requests=unfinished)
+
+
+def _metrics_config(app: FastAPI, http: HttpConfig) -> uvicorn.Config:
+    """A server of what ``app`` answers to /metrics and /health, without keys: for scrapers and probes of operators."""
+    alone = FastAPI(openapi_url=None)
+    alone.state = app.state
+    for path, endpoint in ((METRICS_PATH, about.metrics), ("/health", about.health)):
+        alone.add_api_route(path, endpoint, methods=["GET", "HEAD"])
+    install_error_handlers(alone)
+    bounded = bounded_http(http, _MOST_SCRAPERS)
+    return uvicorn.Config(alone, log_config=None, log_level="warning", access_log=False, http=bounded, ws="none")
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -252,13 +253,6 @@ def _listen(host: str, port: int) -> socket.socket:
         # What follows "(while" names the address again.
         reason = (getattr(error, "strerror", None) or str(error)).partition(" (while")[0]
         raise ConfigurationError(f"cannot listen on {host}:{port}: {reason}") from error
-
-
-def _listen_for_metrics(http: HttpConfig, stack: contextlib.ExitStack) -> socket.socket | None:
-    if http.metrics_address is None:
-        return None
-    host, _, port = http.metrics_address.rpartition(":")
-    return stack.enter_context(_listen(host.strip("[]"), int(port)))
 
 
 def _local_url(listener: socket.socket) -> str:

@@ -27,7 +27,8 @@ def _content_logprob(tokenizer: Tokenizer, entry: TokenLogprob) -> ContentLogpro
 
 def _top_logprob(tokenizer: Tokenizer, token_id: int, logprob: float) -> TopLogprob:
     data = tokenizer.token_bytes(token_id)
-    return TopLogprob(_text(_visible_bytes(tokenizer, token_id)), _finite(logprob), list(data) if data else None)
+    text = _visible_bytes(tokenizer, token_id).decode(errors="replace")
+    return TopLogprob(text, _finite(logprob), list(data) if data else None)
 
 
 class CompletionLogprobsFormatter:
@@ -85,7 +86,7 @@ class CompletionLogprobsFormatter:
         data = self._tokenizer.token_bytes(token_id)
         self._offset += len(self._decoder.decode(data))
         if prompt and not data:
-            name = _text(_visible_bytes(self._tokenizer, token_id))
+            name = _visible_bytes(self._tokenizer, token_id).decode(errors="replace")
             # Not so the BOS that the tokenizer itself put in front.
             self._offset += len(name) if prompt.startswith(name, offset) else 0
         return offset
@@ -123,10 +124,6 @@ def _has_added_space(token: bytes, prompt: str, offset: int) -> bool:
     """Whether the prompt goes on at ``offset`` with the token's text but for a space in front of it."""
     text = token.decode(errors="ignore")
     return text.startswith(" ") and not prompt.startswith(text, offset) and prompt.startswith(text[1:], offset)
-
-
-def _text(data: bytes) -> str:
-    return data.decode(errors="replace")
 
 
 def _finite(logprob: float) -> float:

@@ -10,22 +10,20 @@ from engine.messages import AlignmentStats, EngineStats
 
 
 class MetricFamilies:
-    """Makes metrics ``evospec:NAME`` in one ``registry``; ``labels`` are the names of a metric's labels."""
+    """Makes metrics of one registry. Names begin with ``evospec:`` and ``prefix``, labels with ``labels``."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self._registry = registry
+    def __init__(self, registry: CollectorRegistry, prefix: str = "", labels: Sequence[str] = ()) -> None:
+        self._registry, self._prefix, self._labels = registry, f"evospec:{prefix}", labels
 
     def counter(self, name: str, about: str, *labels: str) -> Counter:
-        """A number that only grows."""
-        return Counter(f"evospec:{name}", about, labels, registry=self._registry)
+        return Counter(self._prefix + name, about, (*self._labels, *labels), registry=self._registry)
 
     def gauge(self, name: str, about: str, *labels: str) -> Gauge:
-        """A number as it is now."""
-        return Gauge(f"evospec:{name}", about, labels, registry=self._registry)
+        return Gauge(self._prefix + name, about, (*self._labels, *labels), registry=self._registry)
 
     def histogram(self, name: str, about: str, buckets: Sequence[float], *labels: str) -> Histogram:
-        """A distribution; ``buckets`` are upper bounds."""
-        return Histogram(f"evospec:{name}", about, labels, buckets=buckets, registry=self._registry)
+        labels = *self._labels, *labels
+        return Histogram(self._prefix + name, about, labels, buckets=buckets, registry=self._registry)
 
 
 def value_of(metric: Counter | Gauge) -> int:

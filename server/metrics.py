@@ -93,7 +93,6 @@ class TenantMetrics:
                 accepted.inc()
 
     def observe_vocabulary(self, counts: VocabularyCounts) -> None:
-        """Count the draft vocabulary of a sequence that has ended."""
         metrics, labels = self._metrics, self._labels
         metrics.tail_tokens.labels(*labels).observe(counts.tail_tokens)
         verified, covered = self._coverage = (
@@ -110,7 +109,6 @@ class TenantMetrics:
             self._tail_hits[source].inc(count)
 
     def overview(self) -> DomainOverview:
-        """How its drafts fared."""
         verified, covered = (0, 0) if self._coverage is None else map(value_of, self._coverage)
         return DomainOverview(
             domain=self._labels[2],
@@ -136,82 +134,69 @@ class Metrics:
         self._domains: dict[str, BoundedLabels] = {}
         self._per_domain: dict[tuple[str, str], TenantMetrics] = {}
         self._renders = asyncio.Lock()
-        families = MetricFamilies(self.registry)
-        self._define_request_metrics(families, "model", "tenant")
-        self._define_speculation_metrics(families, "model", "tenant", "domain")
-        self._define_vocabulary_metrics(families, "model", "tenant", "domain")
-        self._define_session_metrics(families, "model", "tenant", "domain")
-        self.engine = EngineMetrics(families, self.tenants.label)
+        self._define_request_metrics(MetricFamilies(self.registry, "", ("model", "tenant")))
+        of_domain = ("model", "tenant", "domain")
+        self._define_speculation_metrics(MetricFamilies(self.registry, "spec_decode_", of_domain))
+        self._define_vocabulary_metrics(MetricFamilies(self.registry, "vocab_", of_domain))
+        self._define_session_metrics(MetricFamilies(self.registry, "session_", of_domain))
+        self.engine = EngineMetrics(self.registry, self.tenants.label)
 
-    def _define_request_metrics(self, families: MetricFamilies, *labels: str) -> None:
+    def _define_request_metrics(self, families: MetricFamilies) -> None:
         counter, histogram = families.counter, families.histogram
-        self.requests = counter("requests", "HTTP requests.", "endpoint", "status", *labels)
-        self.disconnects = counter("client_disconnects", "Requests whose client went away.", *labels)
-        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens admitted.", *labels)
-        self.generation_tokens = counter("generation_tokens", "Tokens generated.", *labels)
+        self.requests = counter("requests", "HTTP requests.", "endpoint", "status")
+        self.disconnects = counter("client_disconnects", "Requests whose client went away.")
+        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens admitted.")
+        self.generation_tokens = counter("generation_tokens", "Tokens generated.")
         about = "From the tokenised request to the first token of a sequence."
-        self.ttft = histogram("time_to_first_token_seconds", about, _SECONDS, *labels)
+        self.ttft = histogram("time_to_first_token_seconds", about, _SECONDS)
         about = "Seconds a token between two outputs of a sequence."
-        self.inter_token_latency = histogram("inter_token_latency_seconds", about, _SECONDS, *labels)
+        self.inter_token_latency = histogram("inter_token_latency_seconds", about, _SECONDS)
         about = "From the tokenised request to its last token."
-        self.e2e_latency = histogram("e2e_request_latency_seconds", about, _SECONDS, *labels)
+        self.e2e_latency = histogram("e2e_request_latency_seconds", about, _SECONDS)
         about = "From a sequence's arrival in the engine until it runs."
-        self.queue_seconds = histogram("request_queue_time_seconds", about, _SECONDS, *labels)
-        about = "From there to its first token."
-        self.prefill_seconds = histogram("request_prefill_time_seconds", about, _SECONDS, *labels)
-        about = "From its first token to its last."
-        self.decode_seconds = histogram("request_decode_time_seconds", about, _SECONDS, *labels)
+        self.queue_seconds = histogram("request_queue_time_seconds", about, _SECONDS)
+        self.prefill_seconds = histogram("request_prefill_time_seconds", "From there to its first token.", _SECONDS)
+        self.decode_seconds = histogram("request_decode_time_seconds", "From its first token to its last.", _SECONDS)
         about = "Seconds a token of a sequence, after its first."
-        self.token_seconds = histogram("request_time_per_output_token_seconds", about, _SECONDS, *labels)
-        self.request_prompt_tokens = histogram("request_prompt_tokens", "Of a sequence.", _TOKENS, *labels)
-        self.request_generation_tokens = histogram("request_generation_tokens", "Of a sequence.", _TOKENS, *labels)
+        self.token_seconds = histogram("request_time_per_output_token_seconds", about, _SECONDS)
+        self.request_prompt_tokens = histogram("request_prompt_tokens", "Of a sequence.", _TOKENS)
+        self.request_generation_tokens = histogram("request_generation_tokens", "Of a sequence.", _TOKENS)
         about = "Of the longest of a prompt's sequences."
-        self.most_generation_tokens = histogram("request_max_num_generation_tokens", about, _TOKENS, *labels)
-        self.finished = counter("request_success", "Sequences that came to their end.", *labels, "finished_reason")
+        self.most_generation_tokens = histogram("request_max_num_generation_tokens", about, _TOKENS)
+        self.finished = counter("request_success", "Sequences that came to their end.", "finished_reason")
 
-    def _define_speculation_metrics(self, families: MetricFamilies, *labels: str) -> None:
+    def _define_speculation_metrics(self, families: MetricFamilies) -> None:
         """vLLM's schema; ``num_draft_tokens_per_pos`` is ours, since the length of a draft varies."""
-
-        def counter(name: str, about: str, *more: str) -> Counter:
-            return families.counter(f"spec_decode_{name}", about, *labels, *more)
-
+        counter = families.counter
         self.num_drafts = counter("num_drafts", "Drafts verified: one for a sequence and step.")
         self.num_draft_tokens = counter("num_draft_tokens", "Draft tokens verified.")
         self.num_accepted_tokens = counter("num_accepted_tokens", "Draft tokens accepted.")
-        self.num_copied_tokens = counter(
-            "num_copied_tokens", "Draft tokens verified that were copied from the text, not drafted."
-        )
+        about = "Draft tokens verified that were copied from the text, not drafted."
+        self.num_copied_tokens = counter("num_copied_tokens", about)
         self.num_accepted_copied_tokens = counter("num_accepted_copied_tokens", "Copied ones accepted.")
         self.num_draft_tokens_per_pos = counter("num_draft_tokens_per_pos", "Draft tokens by position.", "position")
-        self.num_accepted_tokens_per_pos = counter(
-            "num_accepted_tokens_per_pos", "Accepted ones by position.", "position"
-        )
+        about = "Accepted ones by position."
+        self.num_accepted_tokens_per_pos = counter("num_accepted_tokens_per_pos", about, "position")
 
-    def _define_vocabulary_metrics(self, families: MetricFamilies, *labels: str) -> None:
+    def _define_vocabulary_metrics(self, families: MetricFamilies) -> None:
         """What sequences report of their draft vocabularies when they end."""
-
-        def counter(name: str, about: str, *more: str) -> Counter:
-            return families.counter(f"vocab_{name}", about, *labels, *more)
-
-        self.tail_tokens = families.histogram(
-            "vocab_tail_tokens", "Tokens in a sequence's tail when it ends.", _TAIL_TOKENS, *labels
-        )
-        self.verified_tokens = counter(
-            "verified_tokens", "Tokens generated by sequences with a vocabulary of their own."
-        )
+        counter = families.counter
+        about = "Tokens in a sequence's tail when it ends."
+        self.tail_tokens = families.histogram("tail_tokens", about, _TAIL_TOKENS)
+        about = "Tokens generated by sequences with a vocabulary of their own."
+        self.verified_tokens = counter("verified_tokens", about)
         self.covered_tokens = counter("covered_tokens", "Those of them that could have been drafted.")
         self.retrieval_events = counter("events", "Steps that verified a token which could not have been drafted.")
         self.tail_insertions = counter("insertions", "Tokens put into tails, by what named them.", "source")
         self.tail_hits = counter("hits", "Accepted draft tokens from tails, by what had put them there.", "source")
 
-    def _define_session_metrics(self, families: MetricFamilies, *labels: str) -> None:
+    def _define_session_metrics(self, families: MetricFamilies) -> None:
         about = "Time to load or save a session, or of another operation on it."
-        self.session_seconds = families.histogram("session_seconds", about, _SESSION_SECONDS, "operation", *labels)
+        self.session_seconds = families.histogram("seconds", about, _SESSION_SECONDS, "operation")
         about = "Operations on sessions by what came of them; unavailable: Redis was down or slow."
-        self.session_operations = families.counter("session_operations", about, "operation", "outcome", *labels)
+        self.session_operations = families.counter("operations", about, "operation", "outcome")
         about = "Snapshots thrown away, on the way in from Redis (load) or on the way there (save)."
-        dropped = families.counter("session_snapshots_dropped", about, "operation", "reason", *labels)
-        self.session_snapshots_dropped = dropped
+        self.dropped_snapshots = families.counter("snapshots_dropped", about, "operation", "reason")
 
     def labels(self, tenant: str, domain: str) -> tuple[str, str]:
         """The values of the labels ``tenant`` and ``domain``."""
@@ -244,14 +229,12 @@ class Metrics:
         ]
 
     def observe_session(self, operation: str, outcome: str, seconds: float, tenant: str, domain: str) -> None:
-        """Count an operation on a session and its time."""
         labels = (self.model, *self.labels(tenant, domain))
-        self.session_operations.labels(operation, outcome, *labels).inc()
-        self.session_seconds.labels(operation, *labels).observe(seconds)
+        self.session_operations.labels(*labels, operation, outcome).inc()
+        self.session_seconds.labels(*labels, operation).observe(seconds)
 
     def observe_dropped_snapshot(self, operation: str, reason: str, tenant: str, domain: str) -> None:
-        """Count a snapshot that was thrown away."""
-        self.session_snapshots_dropped.labels(operation, reason, self.model, *self.labels(tenant, domain)).inc()
+        self.dropped_snapshots.labels(self.model, *self.labels(tenant, domain), operation, reason).inc()
 
     async def render_beside(self) -> bytes:
         """What ``render`` gives, made in a thread, one after the other: with many tenants it takes seconds."""

@@ -90,7 +90,7 @@ class RequestMiddleware:
         tenant = structlog.contextvars.get_contextvars().get("tenant")
         labels = (self._metrics.model, self._metrics.tenants.label(tenant) if tenant else "")
         endpoint = getattr(scope.get("route"), "path_format", "other")  # its template: there are few
-        self._metrics.requests.labels(endpoint, str(status), *labels).inc()
+        self._metrics.requests.labels(*labels, endpoint, str(status)).inc()
         if status == CLIENT_CLOSED_REQUEST:
             self._metrics.disconnects.labels(*labels).inc()
         write = log.debug if scope["path"] in _QUIET else log.info

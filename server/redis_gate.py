@@ -79,7 +79,6 @@ class RedisGate:
         return result
 
     async def close(self) -> None:
-        """Close all connections."""
         await self.redis.aclose()
 
     def _note_failure(self, error: Exception, seconds: float) -> None:

@@ -32,20 +32,14 @@ def find_session_id(tenant: str, sent: str) -> str | None:
 
     None: it is an id of the server's form, but was not made for ``tenant``.
     """
-    if _ID.fullmatch(sent):
-        return sent if belongs_to(sent, tenant) else None
+    if match := _ID.fullmatch(sent):
+        return sent if sent == _with_check(tenant, match["body"]) else None
     return _with_check(tenant, f"name_{_digest(tenant, sent)[:32]}")
 
 
 def is_named(session_id: str) -> bool:
     """Whether the id follows from a name that a client chose."""
     return not session_id.startswith("sess_")
-
-
-def belongs_to(session_id: str, tenant: str) -> bool:
-    """Whether ``session_id`` was made by a server, for ``tenant``."""
-    match = _ID.fullmatch(session_id)
-    return match is not None and session_id == _with_check(tenant, match["body"])
 
 
 def session_key(tenant: str, model: str, session_id: str) -> str:

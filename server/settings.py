@@ -113,12 +113,6 @@ class Settings(BaseSettings):
         return init_settings, env_settings, _ConfigFileSource(settings_cls, {})
 
 
-def section_of(field: FieldInfo) -> type[BaseModel] | None:
-    """The options inside a field of the tree; None: it is an option itself."""
-    kind = field.annotation
-    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
-
-
 def fields_of(model: type[BaseModel]) -> dict[str, FieldInfo]:
     """The options and sections of a section, but those that are set in code only."""
     hidden = model.in_code_only if issubclass(model, Section) else frozenset()
@@ -126,29 +120,30 @@ def fields_of(model: type[BaseModel]) -> dict[str, FieldInfo]:
 
 
 def sections(
-    model: type[BaseModel] = Settings, path: Sequence[str] = ()
-) -> Iterator[tuple[list[str], type[BaseModel]]]:
-    """``model`` and all sections in it, each with the names on the way to it."""
-    yield [*path], model
+    model: type[BaseModel] = Settings, path: str = ""
+) -> Iterator[tuple[str, type[BaseModel], dict[str, FieldInfo]]]:
+    """``model`` and all sections in it, each with its name in the tree and its options by theirs."""
+    options: dict[str, FieldInfo] = {}
+    inner: list[tuple[type[BaseModel], str]] = []
     for name, field in fields_of(model).items():
-        if section := section_of(field):
-            yield from sections(section, [*path, name])
+        full_name, kind = f"{path}.{name}" if path else name, field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            inner.append((kind, full_name))
+        else:
+            options[full_name] = field
+    yield path, model, options
+    for section in inner:
+        yield from sections(*section)
 
 
-def option_names() -> Iterator[list[str]]:
-    """Every option of the tree, by the names on the way to it."""
-    for path, model in sections():
-        yield from ([*path, name] for name, field in fields_of(model).items() if not section_of(field))
+def all_options() -> dict[str, FieldInfo]:
+    """Every option of the tree by its name."""
+    return {name: field for _, _, options in sections() for name, field in options.items()}
 
 
-for _, _section in sections():
+for _path, _section, _options in sections():
     for _name in _section.model_fields.keys() - fields_of(_section).keys():
         _section.model_fields[_name].metadata.append(CLI_SUPPRESS)  # not in --help
-
-
-def environment_variable(names: Sequence[str]) -> str:
-    """Of an option."""
-    return ENV_PREFIX + "__".join(names).upper()
 
 
 def load_settings(arguments: Sequence[str] = (), *, experiments: bool = False) -> Settings:
@@ -190,7 +185,8 @@ def _check_environment() -> None:
 
     Others may have our prefix for other reasons: Kubernetes names variables after services.
     """
-    meant = {variable.replace("__", "_"): variable for variable in map(environment_variable, option_names())}
+    variables = [ENV_PREFIX + name.replace(".", "__").upper() for name in all_options()]
+    meant = {variable.replace("__", "_"): variable for variable in variables}
     for variable in os.environ:
         section, nested, _ = variable.removeprefix(ENV_PREFIX).partition("__")
         if variable.startswith(ENV_PREFIX) and nested and section.lower() not in Settings.model_fields:

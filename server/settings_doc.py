@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -10,7 +11,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from server.settings import SHORTCUTS, Settings, fields_of, section_of, sections
+from server.settings import SHORTCUTS, sections
 
 _HEADER = """\
 <!-- Made by `evospec settings-doc > docs/configuration.md`; do not edit. -->
@@ -36,21 +37,19 @@ elsewhere it is `true` or `false`. A list is `a,b` as a flag, JSON in the enviro
 
 
 def settings_doc() -> str:
-    """The page as Markdown."""
-    tables = [_table(path, model) for path, model in sections() if model is not Settings]
+    tables = [_table(*section) for section in sections() if section[0]]
     return "\n".join([_HEADER, *filter(None, tables)])
 
 
-def _table(path: list[str], model: type[BaseModel]) -> str:
-    rows = [_row(path, name, field) for name, field in fields_of(model).items() if not section_of(field)]
-    if not rows:
+def _table(path: str, model: type[BaseModel], options: Mapping[str, FieldInfo]) -> str:
+    if not options:
         return ""
     head = "| option | default | meaning |\n|---|---|---|\n"
-    return f"## {'.'.join(path)}\n{(model.__doc__ or '').strip()}\n\n{head}" + "".join(rows)
+    rows = "".join(_row(option, field) for option, field in options.items())
+    return f"## {path}\n{(model.__doc__ or '').strip()}\n\n{head}{rows}"
 
 
-def _row(path: list[str], name: str, field: FieldInfo) -> str:
-    option = ".".join([*path, name])
+def _row(option: str, field: FieldInfo) -> str:
     flags = f"`--{option}`" + (f", `--{SHORTCUTS[option]}`" if option in SHORTCUTS else "")
     choices = [f"`{choice}`" for choice in get_args(field.annotation) if isinstance(choice, str | int)]
     meaning = f"{field.description}" + (f" One of {', '.join(choices)}." if choices else "")

@@ -10,13 +10,7 @@ T = TypeVar("T")
 
 
 class ShieldedTasks:
-    """Tasks that nobody cancels.
-
-    tasks = ShieldedTasks()
-    await tasks.run(save(session))
-    ...
-    await tasks.close()
-    """
+    """Tasks that nobody cancels."""
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[Any]] = set()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import math
 import signal
 import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,35 +30,13 @@ class ProcessFailed(Exception):
     """A child process died before it was ever ready, or must not be started again; the message says why."""
 
 
-@dataclass(frozen=True)
-class Watchdog:
-    """Tells a process that hangs: ``last_sign`` is when it last gave a sign of life (``time.monotonic``).
-
-    A process counts as hanging after ``timeout`` seconds of silence that follow its first sign; how long it takes
-    to start is its own affair.
-    """
-
-    last_sign: Callable[[], float]
-    timeout: float
-
-    async def wait_until_silent(self, started: float) -> None:
-        """Return once the process that was started at ``started`` hangs.
-
-        Only a second look counts: if it was this process that stood still, the signs are there but not yet read.
-        """
-        looks = 0
-        while looks < 2:
-            await asyncio.sleep(self.timeout / 8)
-            last_sign = self.last_sign()
-            hangs = last_sign > started and time.monotonic() - last_sign > self.timeout
-            looks = looks + 1 if hangs else 0
-
-
 class SupervisedProcess:
-    """One child process. ``run`` starts it and starts it again, with growing delays, until cancelled.
+    """One child process, which ``keep_alive`` starts again, with growing delays, until cancelled.
 
     ``wait_ready`` returns when the process serves. None: nobody waits for that, and ``keep_alive`` starts it, once
     ``wait_before`` returns.
+    ``last_sign``: when it last gave a sign of life (``time.monotonic``). It counts as hanging after ``timeout`` seconds
+    of silence that follow its first sign; how long it takes to start is its own affair.
     ``fatal``: exit codes after which it is not started again, with the reason.
 
     The child has its own session, so Ctrl-C in a terminal reaches the parent only, which then decides.
@@ -71,7 +49,8 @@ class SupervisedProcess:
         environment: Mapping[str, str],
         wait_ready: Callable[[], Awaitable[None]] | None,
         log_path: Path | None = None,
-        watchdog: Watchdog | None = None,
+        last_sign: Callable[[], float] | None = None,
+        timeout: float = math.inf,
         fatal: Mapping[int, str] | None = None,
         wait_before: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
@@ -81,7 +60,7 @@ class SupervisedProcess:
         self._wait_ready = wait_ready
         self._wait_before = wait_before
         self._log_path = log_path
-        self._watchdog = watchdog
+        self._last_sign, self._timeout = last_sign, timeout
         self._fatal = fatal or {}
         self._started = 0.0
         self._process: asyncio.subprocess.Process | None = None
@@ -158,8 +137,8 @@ class SupervisedProcess:
         assert self._process is not None, "start() comes first"
         ended = asyncio.ensure_future(self._process.wait())
         tasks: list[asyncio.Future[Any]] = [ended]
-        if self._watchdog is not None:
-            tasks.append(asyncio.ensure_future(self._watchdog.wait_until_silent(self._started)))
+        if self._last_sign is not None:
+            tasks.append(asyncio.ensure_future(self._wait_until_silent(self._last_sign)))
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             if not ended.done():
@@ -170,6 +149,14 @@ class SupervisedProcess:
         finally:
             for task in tasks:
                 task.cancel()
+
+    async def _wait_until_silent(self, last_sign: Callable[[], float]) -> None:
+        """Only a second look counts: if it was this process that stood still, the signs are there but not yet read."""
+        looks = 0
+        while looks < 2:
+            await asyncio.sleep(self._timeout / 8)
+            hangs = last_sign() > self._started and time.monotonic() - last_sign() > self._timeout
+            looks = looks + 1 if hangs else 0
 
     async def stop(self, grace: float) -> None:
         """SIGTERM, then SIGKILL after ``grace`` seconds (0: SIGKILL at once)."""

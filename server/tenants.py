@@ -133,7 +133,6 @@ class TenantRegistry:
 
 
 def new_key() -> str:
-    """A fresh API key."""
     return KEY_PREFIX + secrets.token_urlsafe(32)
 
 
@@ -176,8 +175,7 @@ def sent_key(request: Request) -> str | None:
 async def authenticate(request: Request) -> Tenant:
     """The tenant of the key that a request carries.
 
-    Raises:
-        ApiError: 401 without a key of ours, 403 for one that is for something else.
+    Raises ``ApiError``: 401 without a key of ours, 403 for one that is for something else.
     """
     registry: TenantRegistry = request.app.state.tenants
     tenant = registry.find(sent_key(request))

@@ -28,9 +28,7 @@ _SECONDS = 2.0
 class Tracing:
     """Sends spans by OTLP over HTTP, from a thread of its own. While the collector is away, at most 2,048 wait.
 
-    Args:
-        endpoint: the collector's URL, with its path.
-        model: what is served.
+    ``endpoint`` is the collector's URL, with its path.
     """
 
     def __init__(self, endpoint: str, model: str) -> None:
@@ -44,13 +42,7 @@ class Tracing:
     ) -> None:
         """A request has ended just now. Its span goes on with the trace that its ``traceparent`` header names.
 
-        Args:
-            scope: of the request.
-            route: its path's template.
-            status: of the answer.
-            seconds: that it took.
-            tenant: None where there was none yet.
-            figures: of its line in the log.
+        ``route`` is its path's template, ``tenant`` None where there was none yet, ``figures`` those of its log line.
         """
         attributes: dict[str, str | int | float] = {
             "http.request.method": scope["method"],

@@ -74,7 +74,6 @@ class Turns(Generic[JobT]):
         return tenant, job
 
     def done(self, tenant: str) -> None:
-        """The tenant's job has ended."""
         self._tenants[tenant].is_running = False
         self._forget()
 
@@ -122,7 +121,6 @@ class WorkShares:
         return result
 
     def close(self) -> None:
-        """Take no further work."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _start(self) -> None:

@@ -35,8 +35,7 @@ def make_alignment(directory: Path, url: str, method: str) -> AdaptersConfig:
 
 def exchange_whole_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let engines that are made from now on do so."""
-    for name, part in whole_draft.PARTS.items():
-        monkeypatch.setattr(build, name, part)
+    monkeypatch.setattr(build, "EagleAdapters", whole_draft.DistilledDraft)
 
 
 def make_prompts() -> list[list[int]]:

@@ -33,7 +33,7 @@ class CountedSession:
     def count(self, ngram: Sequence[int]) -> float:
         """The decayed count of one, two or three tokens in a row; 0 if unknown."""
         *context, token_id = ngram
-        unit = self.sessions.unit(0)
+        unit: float = self.sessions.state(0).unit
         if not context:
             return float(self.sessions.unigrams(0)[token_id]) / unit
         table = self.sessions.table(0, len(ngram))

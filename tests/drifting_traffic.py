@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adapters.alignment.chains import ChainDrafter, collate
-from adapters.alignment.lora import Lora
 from adapters.alignment.records import Segment
+from adapters.alignment.updates import Lora
 from adapters.target_parts import load_target_parts
 from engine.adapters_config import AdaptersConfig
 from engine.models.eagle3 import load_draft

@@ -81,7 +81,7 @@ def run(directory: Path, job: Job, batch: int) -> Ran:
     if job.check != "nothing":
         expected = _generate(EngineCore(_config(directory, files, job, batch, "cpu"), files, spec), job, batch)
     core = EngineCore(_config(directory, files, job, batch, "cuda"), files, spec)
-    assert core.attention_backend == "flashinfer"
+    assert core.introduction.attention_backend == "flashinfer"
     if job.adapters:
         _put_adapter_in_force(core)
     return msgspec.structs.replace(_generate(core, job, batch), expected=expected)
@@ -162,7 +162,7 @@ def _generate(core: EngineCore, job: Job, batch: int) -> Ran:
             request_id=str(index), prompt_token_ids=prompt, sampling=sampling, tenant="tests", session=session
         )
         core.add(CLIENT, request)
-    while core._constrained.waiting:  # so that all begin together
+    while core._grammars.waiting:  # so that all begin together
         core._follow_grammars()
         time.sleep(0.001)
     ran, num_done = Ran([], [[] for _ in range(batch)], [[] for _ in range(batch)]), 0

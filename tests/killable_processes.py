@@ -10,5 +10,5 @@ import multiprocessing
 
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(
-    ["adapters.alignment.worker", "engine.online.token_log", "engine.online.weight_writer", "pytest", "hypothesis"]
+    ["adapters.alignment.worker", "engine.online.token_log", "engine.online.weight_channel", "pytest", "hypothesis"]
 )

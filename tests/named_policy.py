@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from engine.speculation.length.adaptive import AdaptiveLength
 from engine.speculation.length.costs import StepCosts
-from engine.speculation.length.policy import Chain, Draftable, Repeat, StopRule
+from engine.speculation.length.policy import Chain, Draftable
+from kernels.native_chain import StopRule
 
 
 class NamedPolicy:
@@ -29,7 +30,7 @@ class NamedPolicy:
         limits: Mapping[str, int],
         num_joining: int = 0,
         *,
-        repeats: Mapping[str, Repeat] | None = None,
+        repeats: Mapping[str, Sequence[int]] | None = None,
         num_unread: int = 0,
         tenants: Mapping[str, str] | None = None,
     ) -> list[int]:
@@ -37,7 +38,7 @@ class NamedPolicy:
         for name, limit in limits.items():
             one = self.sequences[name]
             one.tenant, one.limit, one.num_unread = (tenants or {}).get(name, "t"), limit, num_unread
-            one.repeat = (repeats or {}).get(name)
+            one.repeat = (repeats or {}).get(name, ())
         return self.policy.lengths(self.of(list(limits)), num_joining)
 
     def copied(self) -> set[str]:
@@ -54,8 +55,10 @@ class NamedPolicy:
         kept = self.policy.worth_verifying(self.of(list(chains)), list(chains.values()))
         return dict(zip(chains, kept, strict=True))
 
-    def record_drafts(self, name: str, chain: Chain, outcomes: Sequence[bool], repeat: Repeat | None) -> None:
-        self.policy.record_drafts(self.sequences[name], chain, outcomes, repeat)
+    def record_drafts(self, name: str, chain: Chain, outcomes: Sequence[bool], repeat: Sequence[int] = ()) -> None:
+        self.sequences[name].repeat = repeat
+        self.policy.record_drafts(self.sequences[name], chain, outcomes)
 
-    def record_copy(self, name: str, repeat: Repeat, outcomes: Sequence[bool]) -> None:
-        self.policy.record_copy(self.sequences[name], repeat, outcomes)
+    def record_copy(self, name: str, repeat: Sequence[int], outcomes: Sequence[bool]) -> None:
+        self.sequences[name].repeat = repeat
+        self.policy.record_copy(self.sequences[name], outcomes)

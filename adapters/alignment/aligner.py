@@ -175,11 +175,9 @@ class KeyAligner:
         self._go_to(0)
 
     def save(self) -> None:
-        """Keep the state on disk."""
         self._store.save_state(self.state)
 
     def status(self, slot: int | None) -> AdapterStatus:
-        """What people are shown."""
         state, guard = self.state, self._guard
         stage: Stage = "adapting"
         if self._updater.grows:
@@ -290,8 +288,7 @@ class KeyAligner:
         self.revision = revision if self.tensors is not None else 0
         self._scoring = None  # of weights that came from others than these
         self._scores.current.clear()
-        load = self._updater.adopt if is_own else self._updater.load
-        load(self.tensors)
+        self._updater.load(self.tensors, is_own)
         self._num_unjudged = self._num_ahead = self._num_more = 0
         self.is_unpublished = self._is_new = True
 

@@ -78,9 +78,9 @@ def _follow(aligner: KeyAligner, shared: SharedVersions) -> None:
     state, found = aligner.state, shared.version(aligner.state.key)
     if found is None:
         return
-    aligner.shared_number, version = found
-    if aligner.shared_number == state.bad_number == state.own_number:  # a worker was killed before it could tell
+    aligner.shared_number = found.number
+    if found.number == state.bad_number == state.own_number:  # a worker was killed before it could tell
         aligner.unshared.add("version")
-    elif version is not None and aligner.shared_number != state.bad_number:
-        aligner.follow(version.tensors, is_own=aligner.shared_number == state.own_number)
+    elif found.fits and found.number != state.bad_number:
+        aligner.follow(found.tensors, is_own=found.number == state.own_number)
         aligner.save()

@@ -52,26 +52,27 @@ class DraftGrower(Updater):
 
     def __init__(self, base: ChainDrafter, config: AdaptersConfig, key: str, fingerprint: str) -> None:
         self._directory: Path | None = None
+        self._learner: Learner | None = None
+        self._resumes = False
         super().__init__(base, config, key, fingerprint)
         self.layout = whole_layout(base.draft.config, fingerprint)
         self._token_counts = torch.zeros(len(base.target.head), dtype=torch.int64)
 
-    def load(self, published: Mapping[str, torch.Tensor] | None) -> None:
+    def load(self, published: Mapping[str, torch.Tensor] | None, is_own: bool = False) -> None:
         """Go on from these weights, None: the target's last layer; what is in training is dropped, with its checkpoint.
 
-        They are unrolled over as many steps as what is dropped: with one, they would unlearn the others.
+        They are unrolled over as many steps as what is dropped: with one, they would unlearn the others. ``is_own``: of
+        the same server, whose earlier process may have left a checkpoint to go on from.
         """
-        self._start_from(published)
-        self._resumes = False
-        if self._directory is not None:
+        self._resumes &= is_own and self._learner is None
+        if not self._resumes and self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)
-
-    def adopt(self, published: Mapping[str, torch.Tensor] | None) -> None:
-        """Go on from the checkpoint of an earlier process, if there is one, else from these weights."""
-        if self._learner is None and self._resumes:
-            self._start_from(published)
-        else:
-            self.load(published)
+        self._published, self._learner = published, None
+        if published is None:
+            self._progress = TrainingProgress()
+        elif not self._progress.anchors:  # somebody else's, who has unrolled them
+            self._progress.anchors = self._config.growth.one_step_positions
+        self._weights = dict(published or self._base.draft.state_dict())  # what is published next
 
     def resume(self, directory: Path) -> None:
         """Go on from the checkpoint there, if there is one; and keep one there from now on."""
@@ -93,30 +94,19 @@ class DraftGrower(Updater):
         self._progress.anchors += len(batch.starts)
         self._num_updates += 1
         share = max(_MEAN_SHARE, _MEAN_START / (_MEAN_START + self._num_updates))
-        for name, weight in learner.unroller.draft.state_dict().items():
+        for name, weight in learner.draft.state_dict().items():
             self._weights[name].lerp_(weight, share)
         if time.monotonic() >= self._save_at:
             self._save(learner)
         return Update(losses[0], len(batch.starts), time.process_time() - started)
 
     def published(self) -> dict[str, torch.Tensor]:
-        """A copy of what the engine is given."""
         return {name: weight.bfloat16() for name, weight in self._weights.items()}
 
     def drafter(self, published: Mapping[str, torch.Tensor]) -> ChainDrafter:
-        """The draft that the engine has with these weights."""
         draft = copy.deepcopy(self._base.draft)
         draft.load_state_dict(published)
         return replace(self._base, draft=draft)
-
-    def _start_from(self, published: Mapping[str, torch.Tensor] | None) -> None:
-        self._published = published
-        if published is None:
-            self._progress = TrainingProgress()
-        elif not self._progress.anchors:  # somebody else's, who has unrolled them
-            self._progress.anchors = self._config.growth.one_step_positions
-        self._weights = dict(published or self._base.draft.state_dict())  # what is published next
-        self._learner: Learner | None = None
 
     def _begin(self, batch: Batch) -> Learner:
         """What is to be trained: what the checkpoint has, what was published, or the target's last layer."""
@@ -134,7 +124,7 @@ class DraftGrower(Updater):
     def _restored(self, learner: Learner) -> TrainingProgress | None:
         if self._resumes and self._directory is not None:
             try:
-                return load_checkpoint(self._directory, learner.unroller.draft, learner.optimizer)
+                return load_checkpoint(self._directory, learner.draft, learner.optimizer)
             except (ModelError, SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
                 log.warning("the checkpoint cannot be read: the draft grows from the start", reason=str(error))
         return None
@@ -142,7 +132,7 @@ class DraftGrower(Updater):
     def _save(self, learner: Learner) -> None:
         started = time.monotonic()
         if self._directory is not None:
-            save_checkpoint(self._directory, learner.unroller.draft, learner.optimizer, self._progress)
+            save_checkpoint(self._directory, learner.draft, learner.optimizer, self._progress)
         now = time.monotonic()
         self._save_at = now + max(self._config.growth.checkpoint_seconds, _PAUSE * (now - started))
 

@@ -1,17 +1,31 @@
-"""How much of the machine training may take while the engine wants it."""
+"""How much of the machine the worker takes: when it computes, at which priority, and in how much memory."""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import resource
+import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from engine.adapters_config import PaceConfig
 
 _STAT = Path("/proc/stat")
 _MIN_INTERVAL = 0.25
-
+_READ_SECONDS, _READ_SHARE = 10.0, 0.01
+"""From one look at the log to the next, at least, while the machine is wanted; and how much of a core looks take."""
+_PATIENCE = 300.0
+"""Seconds without an idle moment after which training takes its share of a busy machine."""
+_OTHERS = 0.25
+"""Cores that others use, at most, while the machine counts as idle."""
+_GREATEST_NICENESS = 19
+_KERNELS = 64
+"""How many compiled kernels a library keeps. With the default of 1,024 the worker takes 300 MB more after 112 updates
+of Qwen2.5-Coder-0.5B's draft, and is no faster."""
+_libc = ctypes.CDLL(None)
 
 SpareCores = Callable[[], float | None]
 """Cores idle of late, those that this process uses itself included; None: unknown."""
@@ -47,14 +61,6 @@ class CpuMonitor:
         ticks = [line.split() for line in lines if line.split(" ", 1)[0] in allowed]
         idle = sum(int(fields[4]) + int(fields[5]) for fields in ticks) / os.sysconf("SC_CLK_TCK")
         return time.monotonic(), idle, time.process_time()
-
-
-_READ_SECONDS, _READ_SHARE = 10.0, 0.01
-"""From one look at the log to the next, at least, while the machine is wanted; and how much of a core looks take."""
-_PATIENCE = 300.0
-"""Seconds without an idle moment after which training takes its share of a busy machine."""
-_OTHERS = 0.25
-"""Cores that others use, at most, while the machine counts as idle."""
 
 
 class Pacer:
@@ -104,3 +110,45 @@ class Pacer:
         if is_idle:
             self._next_when_busy = self._clock() + _PATIENCE
         return is_idle
+
+
+def yield_to_others(niceness: int) -> None:
+    """Let every other process go first.
+
+    A session of its own is a group of its own to Linux's autogroups, within which alone niceness counts; so the group
+    is niced as well. At the greatest niceness Linux takes the core away as soon as anybody else wants one, where else
+    it would wait for a turn to end. On Linux all this is of single threads; those started later have it from this one.
+    """
+    if sys.platform != "linux":
+        os.nice(niceness)
+        return
+    with suppress(OSError):
+        Path("/proc/self/autogroup").write_text(str(niceness))
+    for thread in map(int, os.listdir("/proc/self/task")):
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, thread, niceness)
+            if niceness == _GREATEST_NICENESS:
+                os.sched_setscheduler(thread, os.SCHED_IDLE, os.sched_param(0))
+
+
+def bound_memory() -> None:
+    """Let oneDNN, and PyTorch's layer on it, keep few of the kernels that are compiled for each shape of a product.
+
+    To be called before the first product.
+    """
+    for capacity in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(capacity, str(_KERNELS))
+
+
+def give_back_memory() -> None:
+    """Return to the system what the allocator keeps for later: the next update may be hours away."""
+    if sys.platform == "linux" and hasattr(_libc, "malloc_trim"):
+        _libc.malloc_trim(0)
+
+
+def resident_bytes() -> int:
+    """Memory of this process; 0 where that cannot be read."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    except OSError:
+        return 0

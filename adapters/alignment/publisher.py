@@ -11,8 +11,8 @@ import torch
 
 from adapters.alignment.store import AdapterStore
 from engine.online.shared_file import SharedMemoryError
+from engine.online.weight_channel import ChannelReplaced, WeightWriter
 from engine.online.weight_layout import WeightLayout
-from engine.online.weight_writer import ChannelReplaced, WeightWriter
 
 log = structlog.get_logger(__name__)
 

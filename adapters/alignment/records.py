@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from engine.adapters_config import ReplayConfig
 from engine.online.feature_ring import FeatureRingReader
 from engine.online.verify_record import VerifyRecord
 from kernels.session_options import NUM_FEATURES
@@ -44,7 +45,6 @@ class Segment:
 
     @property
     def num_rows(self) -> int:
-        """n."""
         return len(self.positions)
 
     @property
@@ -83,29 +83,18 @@ class Assembler:
     """Joins records to segments.
 
     Args:
+        config: sizes of segments; ``max_rows`` bounds what is not complete: beyond it the requests silent longest end.
         top_k: tokens of the target's distribution to keep.
         vocab_size: token ids from here on are of another model.
         max_positions: so are positions.
-        segment_positions: a segment ends when it has so many, its request's context not counted.
-        context_positions: at least so many of these, if there are, are the context of the next one.
-        max_rows: positions of all that is not complete; beyond them the requests silent longest end.
         idle_seconds: a request that was silent so long is over.
     """
 
     def __init__(
-        self,
-        top_k: int,
-        vocab_size: int,
-        max_positions: int,
-        segment_positions: int,
-        context_positions: int,
-        max_rows: int,
-        idle_seconds: float = 5.0,
+        self, config: ReplayConfig, top_k: int, vocab_size: int, max_positions: int, idle_seconds: float = 5.0
     ) -> None:
+        self._config, self._idle_seconds = config, idle_seconds
         self._top_k, self._vocab_size, self._max_positions = top_k, vocab_size, max_positions
-        self._segment_positions, self._context_positions = segment_positions, context_positions
-        self._max_rows = max_rows
-        self._idle_seconds = idle_seconds
         self._unfinished: OrderedDict[str, _Unfinished] = OrderedDict()  # by request, the one silent longest first
         self.num_lapsed = 0  # records skipped because a feature row of theirs was overwritten
         self.num_unusable = 0  # records skipped because they have no sound features, or contradict themselves
@@ -148,7 +137,6 @@ class Assembler:
         return [entry for request_id in list(self._unfinished) for entry in self._end(request_id)]
 
     def forget(self, key: str) -> None:
-        """Drop the unfinished segments of a key."""
         for request_id in [request_id for request_id, each in self._unfinished.items() if each.key == key]:
             del self._unfinished[request_id]
 
@@ -183,7 +171,7 @@ class Assembler:
         unfinished.num_positions += len(token_ids)
         unfinished.last_heard_at = time.monotonic()
         self._unfinished.move_to_end(request_id)
-        if unfinished.num_positions < self._segment_positions:
+        if unfinished.num_positions < self._config.segment_positions:
             return []
         finished = self._finished(request_id, unfinished)
         unfinished.parts = self._last_of(parts)
@@ -193,7 +181,7 @@ class Assembler:
     def _last_of(self, parts: Sequence[_Part]) -> list[_Part]:
         """The last parts, as context of what follows."""
         kept, first = 0, len(parts)
-        while first > 0 and kept < self._context_positions:
+        while first > 0 and kept < self._config.context_positions:
             first -= 1
             kept += len(parts[first].token_ids)
         return [replace(part, teaches=False) for part in parts[first:]]
@@ -204,7 +192,7 @@ class Assembler:
         while self._unfinished:
             request_id, oldest = next(iter(self._unfinished.items()))
             num_rows = sum(each.num_rows for each in self._unfinished.values())
-            is_bounded = len(self._unfinished) <= _MAX_UNFINISHED and num_rows <= self._max_rows
+            is_bounded = len(self._unfinished) <= _MAX_UNFINISHED and num_rows <= self._config.max_rows
             if oldest.last_heard_at > deadline and is_bounded:
                 break
             segments += self._end(request_id)

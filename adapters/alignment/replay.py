@@ -7,8 +7,6 @@ import random
 from collections import OrderedDict, deque
 from collections.abc import Collection
 
-import numpy as np
-
 from adapters.alignment.records import Segment
 from engine.adapters_config import ReplayConfig
 from engine.online.verify_record import VerifyRecord
@@ -21,21 +19,8 @@ _SHORT_SEGMENT = 8
 
 
 def teaches(record: VerifyRecord, kl_threshold: float, sampled_share: float) -> bool:
-    """Whether a verify step is worth learning from.
-
-    It is a hard example, where a draft was refused or none was made, or the target thought little of an accepted one
-    (the KL divergence of the target from a draft sure of its token, in nats, is over the threshold); or it is drawn by
-    lot, the same for the same record.
-    """
-    if record.num_accepted < len(record.drafted) or not record.drafted:
-        return True
-    ids, logits = record.top_k_arrays()
-    for token, row_ids, row_logits in zip(record.drafted, ids, logits.astype(np.float64), strict=False):
-        logs = row_logits - np.logaddexp.reduce(row_logits)
-        surprisal = -logs[row_ids == token].max(initial=-np.inf)
-        if not surprisal <= kl_threshold:
-            return True
-    return _hash(f"{record.request_id}:{record.position}") < sampled_share
+    """Whether a verify step is worth learning from: a hard example, or drawn by lot, the same for the same record."""
+    return record.teaches(kl_threshold) or _hash(f"{record.request_id}:{record.position}") < sampled_share
 
 
 def starts_chains(record: VerifyRecord, is_teaching: bool, is_held_out: bool) -> bool:
@@ -143,7 +128,6 @@ class ReplayBuffer:
         return batch
 
     def clear(self) -> None:
-        """Forget all segments."""
         for kept in (self._recent, self._new, self._history, self.held_out):
             kept.clear()
         self._num_left = self.num_arrived_positions = 0

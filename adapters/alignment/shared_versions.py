@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Literal, NamedTuple, cast
 
 import structlog
@@ -38,11 +37,14 @@ class SharedKey(NamedTuple):
     """Whether the key learns no more; None: nobody has said so."""
 
 
-@dataclass(frozen=True)
-class SharedVersion:
-    """What is to be in force for a key; ``tensors`` None: the base draft."""
+class SharedVersion(NamedTuple):
+    """What is to be in force for a key."""
 
+    number: int
     tensors: dict[str, torch.Tensor] | None
+    """None: the base draft."""
+    fits: bool = True
+    """Whether it is this draft's."""
 
 
 class SharedVersions:
@@ -98,22 +100,22 @@ class SharedVersions:
         number, resets, frozen = found
         return SharedKey(int(number or 0), int(resets or 0), None if frozen is None else frozen == b"1")
 
-    def version(self, key: str) -> tuple[int, SharedVersion | None] | None:
-        """The last version, None if it does not fit this draft, and its number; None while Redis is away."""
+    def version(self, key: str) -> SharedVersion | None:
+        """The last version; None while Redis is away."""
         try:
             found, data = cast(list[bytes | None], self._redis.hmget(self._name(key), ["number", "weights"]))
         except REDIS_FAILURES:
             return None
         number = int(found or 0)
         if not data:
-            return number, SharedVersion(None)
+            return SharedVersion(number, None)
         try:
             tensors = load(data)
             self._layout.check(tensors)
         except (SafetensorError, ValueError) as error:
             log.warning("a shared adapter is refused", key=key, number=number, reason=str(error))
-            return number, None
-        return number, SharedVersion(tensors)
+            return SharedVersion(number, None, fits=False)
+        return SharedVersion(number, tensors)
 
     def close(self) -> None:
         """Let another server learn at once."""

@@ -11,7 +11,6 @@ Each file is written whole, then put in its place.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -19,15 +18,17 @@ import re
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
+import msgspec
 import structlog
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from engine.online.shared_file import lock_directory
 from engine.online.weight_layout import WeightLayout
 
 log = structlog.get_logger(__name__)
@@ -42,19 +43,7 @@ def claim(directory: Path) -> Path:
     So several servers of one machine, or of one volume, each have their own. It is this process's until that ends.
     """
     names = (directory.name if number == 1 else f"{directory.name}-{number}" for number in count(1))
-    return next(path for path in map(directory.with_name, names) if _lock(path))
-
-
-def _lock(directory: Path) -> bool:
-    """Make a directory and lock it until this process ends; False: another has it locked."""
-    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    lock = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)  # never closed: the lock ends with the process
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        return False
-    return True
+    return next(path for path in map(directory.with_name, names) if lock_directory(path) is not None)
 
 
 @dataclass
@@ -91,9 +80,8 @@ class AdapterStore:
     def load_state(self, key: str) -> KeyState:
         """What was saved last; a new state if nothing was, or the files were made for another draft."""
         try:
-            values = json.loads((self._of(key) / "state.json").read_bytes())
-            state = KeyState(**{field.name: values[field.name] for field in fields(KeyState) if field.name in values})
-        except (OSError, ValueError, TypeError):
+            state = msgspec.json.decode((self._of(key) / "state.json").read_bytes(), type=KeyState)
+        except (OSError, ValueError):
             state = KeyState("")
         if state.key != key:
             return KeyState(key)
@@ -102,8 +90,7 @@ class AdapterStore:
         return state
 
     def save_state(self, state: KeyState) -> None:
-        """Replace it."""
-        _write(self._of(state.key) / "state.json", json.dumps(asdict(state), indent=1).encode())
+        _write(self._of(state.key) / "state.json", msgspec.json.format(msgspec.json.encode(state), indent=1))
 
     def save(self, state: KeyState, tensors: Mapping[str, torch.Tensor]) -> int:
         """Keep weights as a new revision, whose number is returned."""

@@ -66,7 +66,6 @@ class AnswerWriter:
             self._prompts.popitem(last=False)
 
     def forget(self, key: str) -> None:
-        """Drop the prompts of an adapter key."""
         self._prompts = OrderedDict((name, prompt) for name, prompt in self._prompts.items() if prompt.key != key)
 
     def is_writing(self) -> bool:

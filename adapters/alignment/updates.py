@@ -1,21 +1,25 @@
-"""Updates of an adapter from segments of traffic."""
+"""Low-rank adapters in training, float32 tensors beside a frozen draft, and their updates from segments of traffic."""
 
 from __future__ import annotations
 
+import hashlib
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 import torch
 
 from adapters.alignment.chains import ChainDrafter, ChainStep, SegmentBatch, collate
 from adapters.alignment.curriculum_loss import Curriculum, divergence
-from adapters.alignment.lora import Lora
 from adapters.alignment.records import Segment
 from adapters.target_parts import with_others
-from engine.adapters_config import AdaptersConfig
-from engine.models.lora import lora_layout
+from engine.adapters_config import AdaptersConfig, LoraTarget
+from engine.models.eagle3_config import Eagle3Config
+from engine.models.lora import adapted_rows, lora_layout
+from kernels.batched_lora import LoraMatrix
 
 _CLIP = 1.0
 _TILE = 256
@@ -25,6 +29,58 @@ _WARMUP_UPDATES = 32
 that went back to the version in force once would be refused for good."""
 _MEAN_SHARE, _MEAN_START = 0.03, 9
 """What an update adds to the running mean that is published; a greater share among the first ones."""
+
+
+@dataclass(frozen=True)
+class Lora:
+    """One adapter. The adapted rows of a weight W are W + b.T @ a.
+
+    ``tensors`` has ``<target>.a`` [rank, inputs] and ``<target>.b`` [rank, outputs], float32.
+    """
+
+    config: Eagle3Config
+    tensors: dict[str, torch.Tensor]
+
+    @classmethod
+    def fresh(cls, config: Eagle3Config, targets: tuple[LoraTarget, ...], rank: int, key: str = "") -> Lora:
+        """An adapter without effect: b is zero, a uniform as in a linear layer, by a generator that ``key`` seeds."""
+        generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:7]))
+        tensors = {}
+        for target in targets:
+            rows = adapted_rows(config, target)
+            bound = 1 / math.sqrt(rows.num_inputs)
+            tensors[f"{target}.a"] = torch.empty(rank, rows.num_inputs).uniform_(-bound, bound, generator=generator)
+            tensors[f"{target}.b"] = torch.zeros(rank, rows.end - rows.start)
+        return cls(config, tensors)
+
+    @classmethod
+    def of_published(cls, config: Eagle3Config, published: Mapping[str, torch.Tensor]) -> Lora:
+        """From the tensors of a channel's slot, copied in float32."""
+        return cls(config, {name: tensor.detach().to(torch.float32, copy=True) for name, tensor in published.items()})
+
+    @property
+    def targets(self) -> list[LoraTarget]:
+        return [target for target in get_args(LoraTarget) if f"{target}.a" in self.tensors]
+
+    def published(self) -> dict[str, torch.Tensor]:
+        """A copy for the engine, in bf16."""
+        return {name: tensor.detach().bfloat16() for name, tensor in self.tensors.items()}
+
+    def add_to(self, out: torch.Tensor, x: torch.Tensor, matrix: LoraMatrix) -> None:
+        """Add to the draft's products (``engine.models.eagle3.Additions``), differentiable in the adapter's tensors.
+
+        The adapted weights themselves are never made, so neither are their gradients.
+        """
+        for target in self.targets:
+            rows = adapted_rows(self.config, target)
+            if rows.matrix == matrix:
+                gain = (x @ self.tensors[f"{target}.a"].T) @ self.tensors[f"{target}.b"]
+                out[..., rows.start : rows.end].add_(gain)
+
+    def approach(self, other: Lora, share: float) -> None:
+        """Go a share of the way, in place, to another adapter of the same shape."""
+        for name, tensor in self.tensors.items():
+            tensor.lerp_(other.tensors[name].detach(), share)
 
 
 @dataclass(frozen=True)
@@ -64,14 +120,13 @@ class Updater:
         """The layout of what ``published`` returns."""
         self.load(None)
 
-    def load(self, published: Mapping[str, torch.Tensor] | None) -> None:
-        """Go on from these weights, None: the base draft's, with a fresh optimiser."""
+    def load(self, published: Mapping[str, torch.Tensor] | None, is_own: bool = False) -> None:
+        """Go on from these weights, None: the base draft's, with a fresh optimiser.
+
+        ``is_own``: this server has learned them itself, and may go on from what it has not published yet.
+        """
         self._num_updates = 0
         self._optimizer = self._start(published)
-
-    def adopt(self, published: Mapping[str, torch.Tensor] | None) -> None:
-        """Go on from these weights, which this server has learned itself; what it had not published yet is kept."""
-        self.load(published)
 
     def resume(self, directory: Path) -> None:
         """Go on from where an earlier process was, by files in ``directory``; an adapter, by what it has published."""

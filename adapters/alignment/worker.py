@@ -15,11 +15,9 @@ import torch
 from adapters.alignment.aligner import KeyAligner
 from adapters.alignment.control import ControlChannel
 from adapters.alignment.exchange import exchange, obey
-from adapters.alignment.intake import Intake
-from adapters.alignment.pace import Pacer
-from adapters.alignment.process import bound_memory, give_back_memory, resident_bytes, yield_to_others
+from adapters.alignment.intake import Intake, Roster
+from adapters.alignment.pace import Pacer, bound_memory, give_back_memory, resident_bytes, yield_to_others
 from adapters.alignment.publisher import AdapterPublisher
-from adapters.alignment.roster import Roster
 from adapters.alignment.shared_versions import SharedVersions
 from adapters.alignment.store import AdapterStore, claim
 from adapters.alignment.synthetic import AnswerWriter

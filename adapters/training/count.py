@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -47,28 +47,6 @@ def coverage(counts: torch.Tensor, sizes: Sequence[int]) -> list[float]:
     return [float(shares[size - 1]) for size in sizes]
 
 
-def build(model: str, directory: Path | None = None) -> Path:
-    """Count all conversations of a model; write counts and graph next to its shipped draft, or to ``directory``.
-
-    Returns where the counts are; raises ``ModelError`` if there is no such model, or no conversations.
-    """
-    files = resolve_model(ModelConfig(name=model))
-    data = data_directory(files.name)
-    shards = shard_paths(data)
-    if not shards:
-        raise ModelError(f"{data}: no conversations; python -m adapters.training.generate makes them")
-    counts = count_answers(shards, validate_model_files(files).vocab_size)
-    path = write_counts(counts, directory or DRAFTS / files.name)
-    print(f"{path}: {int(counts.sum()):,} tokens, {int((counts > 0).sum()):,} distinct ones")
-    graph = build_bigram_graph(answers(shards), len(counts))
-    graph.save(path.with_name(GRAPH_FILE))
-    print(f"{path.with_name(GRAPH_FILE)}: {len(graph.token_ids):,} bigrams")
-    sizes = [size for size in _SIZES if size < len(counts)]
-    for size, share in zip(sizes, coverage(counts, sizes), strict=True):
-        print(f"  static:{size:<6} {share:7.2%}")
-    return path
-
-
 def write_counts(counts: torch.Tensor, directory: Path) -> Path:
     """Write ``COUNTS_FILE`` into a directory, whole or not at all; returns its path."""
     path = directory / COUNTS_FILE
@@ -79,17 +57,35 @@ def write_counts(counts: torch.Tensor, directory: Path) -> Path:
     return path
 
 
+def run(program: Callable[..., None]) -> None:
+    """Run a command; a ``ModelError`` is one line and exit status 2."""
+    try:
+        typer.run(program)
+    except ModelError as error:
+        print(f"evospec: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
 def main(
     model: Annotated[str, typer.Argument(help="Registry name, path or hub id of the target.")],
     output: Annotated[Path | None, typer.Option(help="Directory; default: drafts/<model>.")] = None,
 ) -> None:
     """Count tokens and bigrams of a model's generated answers, for speculation.vocabulary static:K and dynamic:K+S."""
-    try:
-        build(model, output)
-    except ModelError as error:
-        print(f"evospec: {error}", file=sys.stderr)
-        raise typer.Exit(2) from None
+    files = resolve_model(ModelConfig(name=model))
+    data = data_directory(files.name)
+    shards = shard_paths(data)
+    if not shards:
+        raise ModelError(f"{data}: no conversations; python -m adapters.training.generate makes them")
+    counts = count_answers(shards, validate_model_files(files).vocab_size)
+    path = write_counts(counts, output or DRAFTS / files.name)
+    print(f"{path}: {int(counts.sum()):,} tokens, {int((counts > 0).sum()):,} distinct ones")
+    graph = build_bigram_graph(answers(shards), len(counts))
+    graph.save(path.with_name(GRAPH_FILE))
+    print(f"{path.with_name(GRAPH_FILE)}: {len(graph.token_ids):,} bigrams")
+    sizes = [size for size in _SIZES if size < len(counts)]
+    for size, share in zip(sizes, coverage(counts, sizes), strict=True):
+        print(f"  static:{size:<6} {share:7.2%}")
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

@@ -16,7 +16,7 @@ import torch
 import typer
 from numpy.typing import NDArray
 
-from adapters.training.count import write_counts
+from adapters.training.count import run, write_counts
 from engine.config import ModelConfig
 from engine.models.config import ModelError
 from engine.models.registry import resolve_model
@@ -62,26 +62,6 @@ def mixed(counts: torch.Tensor, text: torch.Tensor, share: float) -> torch.Tenso
     return (mixture * _TOTAL).round().long()
 
 
-def add_text(model: str, directory: Path, share: float = DEFAULT_SHARE, draft: Path | None = None) -> Path:
-    """Mix a text's counts into those of a model's draft, or make them its counts where it has none.
-
-    Returns where the counts are; raises ``ModelError`` if there is no such model, or no text, or the draft's counts
-    are another model's.
-    """
-    files = resolve_model(ModelConfig(name=model))
-    tokenizer = Tokenizer.from_files(files)
-    draft = draft or DRAFTS / files.name
-    has_counts = (draft / COUNTS_FILE).is_file()
-    counts = read_token_counts(draft, tokenizer.vocab_size) if has_counts else torch.zeros(tokenizer.vocab_size)
-    text, left_out = count_text(sorted(path for path in directory.rglob("*") if path.is_file()), tokenizer)
-    if left_out:
-        print(f"left out, no UTF-8: {', '.join(map(str, left_out))}", file=sys.stderr)
-    if not text.any():
-        raise ModelError(f"{directory}: no text")
-    print(f"{directory}: {int(text.sum()):,} tokens, {int((text > 0).sum()):,} distinct ones")
-    return write_counts(mixed(counts, text, share), draft)
-
-
 def main(
     model: Annotated[str, typer.Argument(help="Registry name, path or hub id of the target.")],
     directory: Annotated[
@@ -93,12 +73,19 @@ def main(
     draft: Annotated[Path | None, typer.Option(help="The draft's directory; default: drafts/<model>.")] = None,
 ) -> None:
     """Add text to the token counts of a model's draft, for speculation.vocabulary static:K and dynamic:K+S."""
-    try:
-        add_text(model, directory, share, draft)
-    except ModelError as error:
-        print(f"evospec: {error}", file=sys.stderr)
-        raise typer.Exit(2) from None
+    files = resolve_model(ModelConfig(name=model))
+    tokenizer = Tokenizer.from_files(files)
+    draft = draft or DRAFTS / files.name
+    has_counts = (draft / COUNTS_FILE).is_file()
+    counts = read_token_counts(draft, tokenizer.vocab_size) if has_counts else torch.zeros(tokenizer.vocab_size)
+    text, left_out = count_text(sorted(path for path in directory.rglob("*") if path.is_file()), tokenizer)
+    if left_out:
+        print(f"left out, no UTF-8: {', '.join(map(str, left_out))}", file=sys.stderr)
+    if not text.any():
+        raise ModelError(f"{directory}: no text")
+    print(f"{directory}: {int(text.sum()):,} tokens, {int((text > 0).sum()):,} distinct ones")
+    write_counts(mixed(counts, text, share), draft)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

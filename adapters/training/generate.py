@@ -26,13 +26,16 @@ from adapters.training.conversations import (
     write_shard,
     written_keys,
 )
-from adapters.training.feature_recorder import FeatureRecorder
+from engine.batch import Features
 from engine.config import CacheConfig, EngineConfig, ModelConfig, RuntimeConfig, SchedulerConfig, SpeculationConfig
 from engine.core import EngineCore
+from engine.draft_vocab.vocab import DraftVocab
 from engine.messages import EngineOutput, EngineRequest, SamplingParams
 from engine.models.eagle3_config import recorded_layers
 from engine.models.registry import resolve_model, validate_model_files
 from engine.request import engine_request_id
+from engine.speculation.drafters.base import DraftCosts, Proposer
+from engine.step_plan import ScheduledSequence
 from engine.text.tokenizer import Tokenizer
 
 log = structlog.get_logger(__name__)
@@ -120,6 +123,39 @@ def loop_start(token_ids: Sequence[int]) -> int | None:
         if all(token_ids[i] == token_ids[i - period] for i in range(size - 1, size - span + period - 1, -1)):
             return size - span
     return None
+
+
+class FeatureRecorder(Proposer):
+    """A draft that drafts nothing and keeps the outputs of some layers. It needs an engine without prefix cache."""
+
+    description = "feature recorder"
+    costs = DraftCosts(weight_bytes=0, bytes_per_block=0)
+    vocab: DraftVocab | None = None
+
+    def __init__(self, capture_layers: tuple[int, ...]) -> None:
+        self.capture_layers = capture_layers
+        self._rows: dict[str, list[torch.Tensor]] = {}
+
+    def make_proposer(self, num_blocks: int) -> Proposer:
+        return self
+
+    def after_verification(
+        self, sequences: Sequence[ScheduledSequence], num_kept: Sequence[int], features: Features | None
+    ) -> None:
+        """Append each sequence's rows, as bf16."""
+        assert features is not None
+        lengths = [len(sequence.token_ids) for sequence in sequences]
+        rows = torch.split_with_sizes(features.values.to("cpu", torch.bfloat16, copy=True), lengths)
+        for sequence, own in zip(sequences, rows, strict=True):
+            if sequence.start == 0:  # also a preempted sequence, which is computed again
+                self._rows[sequence.request.request_id] = []
+            self._rows[sequence.request.request_id].append(own)
+
+    def take(self, request_id: str) -> torch.Tensor:
+        """The rows of a request so far, ended or not: [tokens computed, len(capture_layers) * hidden] bf16. They are
+        dropped here.
+        """
+        return torch.cat(self._rows.pop(request_id))
 
 
 class Generator:

@@ -22,7 +22,7 @@ from adapters.alignment.chains import ChainDrafter
 from benchmarks.alignment_replay.recordings import recorded
 from benchmarks.alignment_replay.worker import Replay, acceptance_length, configured
 from benchmarks.common.draft_traces import load_parts
-from benchmarks.prompts.short import short
+from benchmarks.prompts.sets import short
 from benchmarks.prompts.streams import STREAM_DOMAINS, read_stream, stream_and_trial
 from engine.config import ModelConfig
 from engine.models.registry import resolve_model

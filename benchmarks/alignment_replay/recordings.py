@@ -8,12 +8,10 @@ from pathlib import Path
 
 import torch
 from rich.progress import track
-from safetensors.torch import load_file, save_file
 
 from adapters.alignment.chains import ChainDrafter, SegmentBatch
-from benchmarks.common.draft_traces import answers, load_parts
+from benchmarks.common.draft_traces import Head, answers, kept, load_parts
 from benchmarks.prompts.build import Prompt
-from benchmarks.prompts.sources import CACHE
 
 DEPTH, TOP_K = 4, 16
 """Draft tokens of a chain, and tokens of the target's distribution that are kept."""
@@ -50,51 +48,24 @@ def drafted_right(drafted: Sequence[int], following: Sequence[int]) -> int:
     return right
 
 
-def save(recordings: Sequence[Recording], path: Path) -> None:
-    """One safetensors file."""
-    tensors = {}
-    for number, recording in enumerate(recordings):
-        tensors[f"{number}.prompt"] = torch.tensor(recording.prompt)
-        tensors[f"{number}.answer"] = torch.tensor(recording.answer)
-        for name in ("inputs", "top_ids", "top_logits", "drafted"):
-            tensors[f"{number}.{name}"] = getattr(recording, name).contiguous()
-    save_file(tensors, path)
-
-
-def load(path: Path) -> list[Recording]:
-    """What ``save`` wrote."""
-    tensors = load_file(path)
-
-    def recording(number: int) -> Recording:
-        rest = (tensors[f"{number}.{name}"] for name in ("inputs", "top_ids", "top_logits", "drafted"))
-        return Recording(tensors[f"{number}.prompt"].tolist(), tensors[f"{number}.answer"].tolist(), *rest)
-
-    return [recording(number) for number in range(len(tensors) // 6)]
-
-
 @torch.inference_mode()
 def record(model: str, prompts: Sequence[Prompt], max_tokens: int) -> Iterator[Recording]:
     """Answer prompts greedily, and run the shipped draft over the answers."""
     draft, target = load_parts(model)
-    drafter, hidden = ChainDrafter(draft, target), target.head.shape[1]
-    head = target.head.float()
+    drafter, head = ChainDrafter(draft, target), Head(target)
     for one in answers(model, prompts, max_tokens):
-        inputs = torch.zeros(len(one.features), hidden, dtype=torch.bfloat16)
+        inputs = torch.zeros(len(one.features), head.hidden, dtype=torch.bfloat16)
         with drafter.precision():
-            inputs[1:] = draft.fuse(one.features[:-1, :-hidden])
-        last = target.head_input(one.features[:, -hidden:].to(torch.bfloat16)).float()
-        logits, ids = (last @ head.T).topk(TOP_K)
+            inputs[1:] = draft.fuse(one.features[:-1, : -head.hidden])
+        logits, ids = head.logits(one.features).topk(TOP_K)
         drafted = _drafts(drafter, one.text, one.answer, inputs)
         yield Recording(one.text, one.answer, inputs, ids.int(), logits.half(), drafted)
 
 
 def recorded(model: str, prompts: Sequence[Prompt], max_tokens: int, name: str) -> list[Recording]:
     """Answers to some prompts; from disk if they were made before under this name."""
-    path = CACHE / "alignment" / f"{model}-{name}-{len(prompts)}x{max_tokens}.safetensors"
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save(list(track(record(model, prompts, max_tokens), description=name, total=len(prompts))), path)
-    return load(path)
+    made = track(record(model, prompts, max_tokens), description=name, total=len(prompts))
+    return kept(Path("alignment", f"{model}-{name}-{len(prompts)}x{max_tokens}.pickle"), lambda: made)
 
 
 def _drafts(drafter: ChainDrafter, prompt: list[int], answer: list[int], inputs: torch.Tensor) -> torch.Tensor:

@@ -45,9 +45,8 @@ class Replay:
         self.aligner = KeyAligner(_KEY, base, self.updater, AdapterStore(directory, self.updater.layout), config)
         self._ring = FeatureRing(directory / "ring", config.log.ring_rows, hidden)
         self._reader = FeatureRingReader(directory / "ring")
-        replay, vocab_size = config.replay, len(base.target.head)
-        sizes = base.target.max_positions, replay.segment_positions, replay.context_positions, replay.max_rows
-        self._assembler = Assembler(config.log.top_k, vocab_size, *sizes)
+        sizes = len(base.target.head), base.target.max_positions
+        self._assembler = Assembler(config.replay, config.log.top_k, *sizes)
         self._version = 0
 
     def serve(self, recording: Recording, name: str) -> None:

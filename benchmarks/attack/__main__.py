@@ -32,12 +32,13 @@ def main(
     names = attack or [one for one in ATTACKS if one != "soak"]
     if unknown := set(names) - ATTACKS.keys():
         raise typer.BadParameter(f"no such attack: {', '.join(sorted(unknown))}", param_hint="ATTACK")
-    options = Options(seconds, seed, tuple(map(int, seeds.split(","))), minutes, RESULTS / f"{name}-soak.jsonl")
     console, record = Console(width=160), Record(RESULTS / f"{name}.json")
     side, directory = (AFTER, REPOSITORY) if source is None else (BEFORE, source.resolve())
+    of_requests, checkpoints = tuple(map(int, seeds.split(","))), RESULTS / f"{name}-soak.jsonl"
+    options = Options(directory, seconds, seed, of_requests, minutes, checkpoints)
     for one in names:
         console.print(f"[dim]{one}, {side}[/dim]")
-        figures = ATTACKS[one].run(directory, options)
+        figures = ATTACKS[one].run(options)
         console.print(f"[dim]{json.dumps(figures)}[/dim]")
         record.add(one, side, directory, figures)
     console.print(record.table())

@@ -28,12 +28,13 @@ from benchmarks.attack.bars import Bars
 
 @dataclass(frozen=True)
 class Options:
-    """How much is done.
+    """What is attacked, and how much is done.
 
-    ``seconds`` and ``seed`` are the fuzzers', ``seeds`` those of the requests of ``determinism``; ``soak`` takes
-    ``minutes`` and writes its checkpoints to a file.
+    ``source`` is the checkout whose server is attacked; ``seconds`` and ``seed`` are the fuzzers', ``seeds`` those of
+    the requests of ``determinism``; ``soak`` takes ``minutes`` and writes its checkpoints to a file.
     """
 
+    source: Path
     seconds: float
     seed: int
     seeds: tuple[int, ...]
@@ -43,33 +44,27 @@ class Options:
 
 @dataclass(frozen=True)
 class Attack:
-    """``run`` takes the checkout whose server is attacked and gives the figures that ``bars`` are about."""
+    """``run`` gives the figures that ``bars`` are about."""
 
-    run: Callable[[Path, Options], dict[str, float]]
+    run: Callable[[Options], dict[str, float]]
     bars: Bars
 
 
 ATTACKS = {
-    "masks": Attack(lambda source, options: masks.run(source), masks.BARS),
-    "compiling": Attack(lambda source, options: compiling.run(source), compiling.BARS),
-    "starve_kv": Attack(lambda source, options: starving.run_kv(source), starving.BARS),
-    "starve_slots": Attack(lambda source, options: starving.run_slots(source), starving.BARS),
-    "keyless": Attack(lambda source, options: keyless.run(source), keyless.BARS),
-    "tokenize_flood": Attack(lambda source, options: tokenize_flood.run(source), tokenize_flood.BARS),
-    "large_bodies": Attack(lambda source, options: large_bodies.run(source), large_bodies.BARS),
-    "drain": Attack(lambda source, options: drain.run(source), drain.BARS),
-    "acceptance": Attack(lambda source, options: acceptance.run(source), acceptance.BARS),
-    "forge_channel": Attack(lambda source, options: forge_channel.run(source), forge_channel.BARS),
-    "channel_bytes": Attack(
-        lambda source, options: channel_bytes.run(options.seconds, options.seed), channel_bytes.BARS
-    ),
-    "grammar_fuzz": Attack(
-        lambda source, options: grammar_fuzz.run(source, options.seconds, options.seed), grammar_fuzz.BARS
-    ),
-    "in_place": Attack(lambda source, options: in_place.run(options.seconds, options.seed), in_place.BARS),
-    "http_fuzz": Attack(lambda source, options: http_fuzz.run(source, options.seconds, options.seed), http_fuzz.BARS),
-    "determinism": Attack(lambda source, options: determinism.run(source, options.seeds), determinism.BARS),
-    "soak": Attack(
-        lambda source, options: soak.run(source, options.minutes, options.seed, options.checkpoints), soak.BARS
-    ),
+    "masks": Attack(lambda of: masks.run(of.source), masks.BARS),
+    "compiling": Attack(lambda of: compiling.run(of.source), compiling.BARS),
+    "starve_kv": Attack(lambda of: starving.run_kv(of.source), starving.BARS),
+    "starve_slots": Attack(lambda of: starving.run_slots(of.source), starving.BARS),
+    "keyless": Attack(lambda of: keyless.run(of.source), keyless.BARS),
+    "tokenize_flood": Attack(lambda of: tokenize_flood.run(of.source), tokenize_flood.BARS),
+    "large_bodies": Attack(lambda of: large_bodies.run(of.source), large_bodies.BARS),
+    "drain": Attack(lambda of: drain.run(of.source), drain.BARS),
+    "acceptance": Attack(lambda of: acceptance.run(of.source), acceptance.BARS),
+    "forge_channel": Attack(lambda of: forge_channel.run(of.source), forge_channel.BARS),
+    "channel_bytes": Attack(lambda of: channel_bytes.run(of.seconds, of.seed), channel_bytes.BARS),
+    "grammar_fuzz": Attack(lambda of: grammar_fuzz.run(of.source, of.seconds, of.seed), grammar_fuzz.BARS),
+    "in_place": Attack(lambda of: in_place.run(of.seconds, of.seed), in_place.BARS),
+    "http_fuzz": Attack(lambda of: http_fuzz.run(of.source, of.seconds, of.seed), http_fuzz.BARS),
+    "determinism": Attack(lambda of: determinism.run(of.source, of.seeds), determinism.BARS),
+    "soak": Attack(lambda of: soak.run(of.source, of.minutes, of.seed, of.checkpoints), soak.BARS),
 }

@@ -24,9 +24,8 @@ from benchmarks.attack.bars import exactly
 from benchmarks.attack.forge_channel import Channel
 from engine.online.feature_ring import FeatureRing, FeatureRingReader
 from engine.online.shared_file import SharedMemoryError
-from engine.online.weight_channel import WeightChannel
+from engine.online.weight_channel import WeightChannel, WeightWriter
 from engine.online.weight_layout import TensorSpec, WeightLayout
-from engine.online.weight_writer import WeightWriter
 
 BARS = {"unexpected_errors": exactly(0), "wrong_weights": exactly(0)}
 

@@ -6,11 +6,13 @@ import http.client
 import json
 import threading
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.attack.server import MODEL, VICTIM, Server
+from benchmarks.common.threads import beside
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 FOUR_TOKENS = {"model": MODEL, "prompt": "Hello there", "max_tokens": 4, "temperature": 0}
@@ -30,61 +32,56 @@ class Answer:
         return self.status == 200
 
 
-def ask(server: Server, tenant: str, body: Mapping[str, Any], path: str = COMPLETIONS, timeout: float = 120) -> Answer:
-    """POST ``body`` with the key of ``tenant`` and read the whole answer."""
+def post(server: Server, tenant: str, content: str | bytes, path: str, timeout: float) -> tuple[int, bytes]:
+    """POST with the key of ``tenant``; status and body of the answer. Raises ``OSError`` or ``HTTPException``."""
     headers = {"Authorization": f"Bearer {server.keys[tenant]}", "Content-Type": "application/json"}
-    start = time.perf_counter()
     connection = http.client.HTTPConnection(*server.address, timeout=timeout)
     try:
-        connection.request("POST", path, json.dumps(body), headers)
+        connection.request("POST", path, content, headers)
         response = connection.getresponse()
-        status, content = response.status, json.loads(response.read())
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        status, content = 0, repr(error)
+        return response.status, response.read()
     finally:
         connection.close()
-    return Answer(status, time.perf_counter() - start, content)
+
+
+def ask(server: Server, tenant: str, body: Mapping[str, Any], path: str = COMPLETIONS, timeout: float = 120) -> Answer:
+    """POST ``body`` with the key of ``tenant`` and read the whole answer."""
+    start = time.perf_counter()
+    try:
+        status, content = post(server, tenant, json.dumps(body), path, timeout)
+        answer = json.loads(content)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        status, answer = 0, repr(error)
+    return Answer(status, time.perf_counter() - start, answer)
 
 
 def with_schema(body: Mapping[str, Any], schema: object) -> dict[str, Any]:
-    """``body`` with ``schema`` as its response format."""
     json_schema = {"name": "attack", "schema": schema}
     return {**body, "response_format": {"type": "json_schema", "json_schema": json_schema}}
 
 
-@dataclass
-class Victim:
-    """A tenant that sends the same request again and again as long as the block lasts, and keeps the answers.
+@contextmanager
+def victim(
+    server: Server, until: float, body: Mapping[str, Any] = FOUR_TOKENS, path: str = COMPLETIONS
+) -> Iterator[list[Answer]]:
+    """A tenant that sends the same request again and again as long as the block lasts; yields its answers.
 
     ``until`` (``time.monotonic``): no answer is waited for longer, so that the block ends in bounded time.
     """
+    answers: list[Answer] = []
 
-    server: Server
-    until: float
-    tenant: str = VICTIM
-    body: Mapping[str, Any] = field(default_factory=lambda: FOUR_TOKENS)
-    path: str = COMPLETIONS
-    answers: list[Answer] = field(default_factory=list)
-    _stopping: threading.Event = field(default_factory=threading.Event)
+    def send(stopping: threading.Event) -> None:
+        while not stopping.wait(_PAUSE):
+            answers.append(ask(server, VICTIM, body, path, max(1.0, until - time.monotonic())))
 
-    def __enter__(self) -> Victim:
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-        return self
+    with beside(send):
+        yield answers
 
-    def __exit__(self, *_: object) -> None:
-        self._stopping.set()
-        self._thread.join()
 
-    def _run(self) -> None:
-        while not self._stopping.wait(_PAUSE):
-            timeout = max(1.0, self.until - time.monotonic())
-            self.answers.append(ask(self.server, self.tenant, self.body, self.path, timeout))
-
-    def figures(self) -> dict[str, float]:
-        """How many were asked and not served, and the longest answer in seconds, unserved ones included."""
-        return {
-            "victim_longest_seconds": max((answer.seconds for answer in self.answers), default=float("nan")),
-            "victim_requests": len(self.answers),
-            "victim_unserved": sum(not answer.is_served for answer in self.answers),
-        }
+def victim_figures(answers: Sequence[Answer]) -> dict[str, float]:
+    """How many were asked and not served, and the longest answer in seconds, unserved ones included."""
+    return {
+        "victim_longest_seconds": max((answer.seconds for answer in answers), default=float("nan")),
+        "victim_requests": len(answers),
+        "victim_unserved": sum(not answer.is_served for answer in answers),
+    }

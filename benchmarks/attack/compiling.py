@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import statistics
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -39,20 +39,16 @@ def run(source: Path) -> dict[str, float]:
 
 
 def _slow_schemas(server: Server) -> dict[str, float]:
-    answers: list[Answer] = []
+    def attack(schema: object) -> Answer:
+        return ask(server, ATTACKER, with_schema(BODY, schema), CHAT, LIMIT_SECONDS)
 
-    def attack(schema: object) -> None:
-        answers.append(ask(server, ATTACKER, with_schema(BODY, schema), CHAT, LIMIT_SECONDS))
-
-    threads = [threading.Thread(target=attack, args=(schema,), daemon=True) for schema in SLOW]
-    for thread in threads:
-        thread.start()
-    time.sleep(1)
-    tiny = with_schema(BODY, {"type": "object", "properties": {"x": {"type": "integer"}}})
-    with_tiny = ask(server, VICTIM, tiny, CHAT, LIMIT_SECONDS)
-    without = ask(server, VICTIM, BODY, CHAT, LIMIT_SECONDS)
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(len(SLOW)) as pool:
+        attacks = pool.map(attack, SLOW)
+        time.sleep(1)
+        tiny = with_schema(BODY, {"type": "object", "properties": {"x": {"type": "integer"}}})
+        with_tiny = ask(server, VICTIM, tiny, CHAT, LIMIT_SECONDS)
+        without = ask(server, VICTIM, BODY, CHAT, LIMIT_SECONDS)
+        answers = list(attacks)
     return {
         "tiny_schema_seconds": with_tiny.seconds,
         "tiny_schema_status": with_tiny.status,

@@ -17,7 +17,6 @@ BARS = {"exit_seconds": at_most(10), "tracebacks": exactly(0)}
 
 
 def run(source: Path) -> dict[str, float]:
-    """Seconds from SIGTERM to the launcher's end."""
     with serving(source, "drain") as server:
         ask(server, VICTIM, FOUR_TOKENS)
         head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {server.keys[ATTACKER]}\r\n"

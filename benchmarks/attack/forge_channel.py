@@ -34,8 +34,6 @@ BARS = {"modes_answered": exactly(1), "modes_started": exactly(1), "wrong_answer
 
 
 class Channel:
-    """The file of a weight channel, open for forging."""
-
     def __init__(self, path: Path) -> None:
         self.path = path
         self.descriptor = os.open(path, os.O_RDWR)
@@ -76,7 +74,6 @@ class Channel:
         return self.word >> 1
 
     def fill(self, buffer: int, pattern: bytes) -> int:
-        """Fill a buffer and return its checksum."""
         content = (pattern * (self.stride // len(pattern) + 1))[: self.stride]
         start = self.buffers + buffer * self.stride
         self.bytes[start : start + self.stride] = content
@@ -150,11 +147,11 @@ def forge(path: Path, mode: str) -> None:
             os.close(channel.descriptor)
 
 
-def run(source: Path, modes: Sequence[str] = tuple(MODES)) -> dict[str, float]:
+def run(source: Path) -> dict[str, float]:
     """Shares of the modes after which the running engine answered, and after which the next one started."""
     answered = started = wrong = 0
     expected = forged = None
-    pending = list(modes)
+    pending = list(MODES)
     with tempfile.TemporaryDirectory(prefix="evospec-attack-") as directory:
         path, options = channel_options(Path(directory))
         while pending or forged:
@@ -179,8 +176,8 @@ def run(source: Path, modes: Sequence[str] = tuple(MODES)) -> dict[str, float]:
                 forged = None
                 path.unlink(missing_ok=True)
     return {
-        "modes_answered": answered / len(modes),
-        "modes_started": started / len(modes),
+        "modes_answered": answered / len(MODES),
+        "modes_started": started / len(MODES),
         "wrong_answers": wrong,
     }
 

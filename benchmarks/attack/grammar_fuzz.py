@@ -8,13 +8,15 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 
 from benchmarks.attack.bars import at_most, exactly
-from benchmarks.attack.clients import FOUR_TOKENS, Answer, Victim, ask, with_schema
+from benchmarks.attack.clients import FOUR_TOKENS, Answer, ask, victim, victim_figures, with_schema
 from benchmarks.attack.random_schemas import RandomSchemas
 from benchmarks.attack.server import ATTACKER, MODEL, Server, serving
 
@@ -51,34 +53,25 @@ def run(source: Path, seconds: float, seed: int) -> dict[str, float]:
 
 
 def _load(server: Server, seconds: float, next_schema: Callable[[], dict[str, Any] | None]) -> dict[str, float]:
-    counts: Counter[str] = Counter()
-    texts: list[tuple[dict[str, Any], str]] = []
-    lock = threading.Lock()
-    end = time.monotonic() + seconds
+    lock, end = threading.Lock(), time.monotonic() + seconds
 
-    def send() -> None:
+    def send(_: int) -> list[tuple[dict[str, Any] | None, Answer]]:
+        asked = []
         while time.monotonic() < end:
             with lock:
                 schema = next_schema()
             body = BODY if schema is None else with_schema(BODY, schema)
-            answer = ask(server, ATTACKER, body, timeout=_TIMEOUT)
-            outcome = judge(answer)
-            with lock:
-                counts[outcome] += 1
-                if schema is not None and outcome == "served":
-                    texts.append((schema, answer.body["choices"][0]["text"]))
+            asked.append((schema, ask(server, ATTACKER, body, timeout=_TIMEOUT)))
+        return asked
 
     before = _long_steps(server)
-    with Victim(server, end + _TIMEOUT) as victim:
-        clients = [threading.Thread(target=send, daemon=True) for _ in range(_CLIENTS)]
-        for client in clients:
-            client.start()
-        for client in clients:
-            client.join()
+    with victim(server, end + _TIMEOUT) as of_victim, ThreadPoolExecutor(_CLIENTS) as clients:
+        asked = list(chain.from_iterable(clients.map(send, range(_CLIENTS))))
+    counts = Counter(judge(answer) for _, answer in asked)
     long_steps = _long_steps(server) - before
-    checked = _check(texts)
+    checked = _check(asked)
     return {
-        **victim.figures(),
+        **victim_figures(of_victim),
         **{name: counts[name] for name in ("served", "cut_short", "refused", "failed")},
         "as_their_schema": checked[True],
         "against_their_schema": checked[False],
@@ -86,10 +79,13 @@ def _load(server: Server, seconds: float, next_schema: Callable[[], dict[str, An
     }
 
 
-def _check(texts: Iterable[tuple[dict[str, Any], str]]) -> Counter[bool | None]:
-    """How many fit their schemas; those that do not are shown."""
+def _check(asked: Iterable[tuple[dict[str, Any] | None, Answer]]) -> Counter[bool | None]:
+    """How many whole answers fit their schemas; those that do not are shown."""
     checked: Counter[bool | None] = Counter()
-    for schema, text in texts:
+    for schema, answer in asked:
+        if schema is None or judge(answer) != "served":
+            continue
+        text = answer.body["choices"][0]["text"]
         fits = satisfies(text, schema)
         checked[fits] += 1
         if fits is False:

@@ -7,15 +7,15 @@ import random
 import re
 import socket
 import struct
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
 from benchmarks.attack.bars import at_most, exactly
-from benchmarks.attack.clients import COMPLETIONS, FOUR_TOKENS, Victim, ask
+from benchmarks.attack.clients import COMPLETIONS, FOUR_TOKENS, ask, victim, victim_figures
 from benchmarks.attack.server import ATTACKER, Server, serving
 
 _CLIENTS = 4
@@ -119,8 +119,6 @@ class BrokenRequests:
 
 
 class Exchange:
-    """Sends broken requests and counts the statuses that come back."""
-
     def __init__(self, server: Server, seed: int) -> None:
         self._server = server
         self._chance = random.Random(seed)
@@ -129,7 +127,6 @@ class Exchange:
         self.sent = 0
 
     def run(self, seconds: float) -> None:
-        """One connection after the other."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             self.sent += 1
@@ -169,16 +166,12 @@ def run(source: Path, seconds: float, seed: int) -> dict[str, float]:
         exchanges = [Exchange(server, seed * _CLIENTS + number) for number in range(_CLIENTS)]
         exchanges[0].run(2)
         memory, descriptors = server.api_mb(), server.num_descriptors()
-        with Victim(server, time.monotonic() + seconds + 60) as victim:
-            clients = [threading.Thread(target=exchange.run, args=(seconds,)) for exchange in exchanges]
-            for client in clients:
-                client.start()
-            for client in clients:
-                client.join()
+        with victim(server, time.monotonic() + seconds + 60) as answers, ThreadPoolExecutor(_CLIENTS) as clients:
+            list(clients.map(lambda exchange: exchange.run(seconds), exchanges))
         time.sleep(_SETTLE_SECONDS)
         statuses = sum((exchange.statuses for exchange in exchanges), Counter[int]())
         return {
-            **victim.figures(),
+            **victim_figures(answers),
             "connections": sum(exchange.sent for exchange in exchanges),
             "answers": sum(statuses.values()),
             "server_errors": sum(count for status, count in statuses.items() if status >= 500 and status != 503),

@@ -40,7 +40,6 @@ class OrdinarySchemas:
         self._chance = chance
 
     def next(self) -> Grammar:
-        """One that is ordinary, of as many as need be."""
         while True:
             grammar = Grammar("json_schema", json.dumps(self._schema(0)))
             if is_ordinary(grammar):

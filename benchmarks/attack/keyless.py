@@ -7,14 +7,16 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 
 from benchmarks.attack.bars import at_most, exactly
 from benchmarks.attack.clients import ask
 from benchmarks.attack.server import LIMITED, MODEL, REQUESTS_PER_MINUTE, Server, serving
+from benchmarks.common.process import fetch
+from benchmarks.common.threads import beside
 from server.bench.load import percentiles
 
 _CONNECTIONS = (1, 2, 4)
@@ -72,22 +74,17 @@ def probe(server: Server, seconds: float) -> dict[str, float]:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         start = time.perf_counter()
-        connection = http.client.HTTPConnection(*server.address, timeout=_PROBE_TIMEOUT)
         try:
-            connection.request("GET", "/health")
-            unserved += connection.getresponse().status != 200
+            fetch(f"{server.url}/health", timeout=_PROBE_TIMEOUT)
         except (OSError, http.client.HTTPException):
             unserved += 1
-        finally:
-            connection.close()
         times.append(time.perf_counter() - start)
         time.sleep(0.05)
     shares = percentiles(times)
     return {"health_p50_seconds": shares.p50, "health_p99_seconds": shares.p99, "health_unserved": unserved}
 
 
-@contextmanager
-def endless_bodies(server: Server, count: int) -> Iterator[None]:
+def endless_bodies(server: Server, count: int) -> AbstractContextManager[None]:
     """``count`` connections that send chunks as fast as they are taken, each opened again when it is closed."""
 
     def push(stopping: threading.Event) -> None:
@@ -96,14 +93,10 @@ def endless_bodies(server: Server, count: int) -> Iterator[None]:
             while not stopping.is_set():
                 connection.sendall(_CHUNKS)
 
-    with ExitStack() as stack:
-        for _ in range(count):
-            stack.enter_context(_again_and_again(push))
-        yield
+    return _again_and_again(push, count)
 
 
-@contextmanager
-def slow_bodies(server: Server, count: int) -> Iterator[None]:
+def slow_bodies(server: Server, count: int) -> AbstractContextManager[None]:
     """``count`` connections that send one byte a second of a body of 100 GB, each opened again when it is closed."""
 
     def trickle(stopping: threading.Event) -> None:
@@ -117,8 +110,7 @@ def slow_bodies(server: Server, count: int) -> Iterator[None]:
                 connections = [connection for connection in connections if _sends_a_byte(connection)]
                 stopping.wait(1)
 
-    with _again_and_again(trickle):
-        yield
+    return _again_and_again(trickle)
 
 
 def _sends_a_byte(connection: socket.socket) -> bool:
@@ -130,20 +122,12 @@ def _sends_a_byte(connection: socket.socket) -> bool:
     return True
 
 
-@contextmanager
-def _again_and_again(work: Callable[[threading.Event], None]) -> Iterator[None]:
-    """``work`` in a thread of its own, begun anew when the server ends it, as long as the block lasts."""
-    stopping = threading.Event()
+def _again_and_again(work: Callable[[threading.Event], None], count: int = 1) -> AbstractContextManager[None]:
+    """``work`` in threads of its own, begun anew when the server ends it, as long as the block lasts."""
 
-    def repeat() -> None:
+    def repeat(stopping: threading.Event) -> None:
         while not stopping.wait(_RECONNECT_SECONDS):
             with suppress(OSError):
                 work(stopping)
 
-    thread = threading.Thread(target=repeat, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stopping.set()
-        thread.join()
+    return beside(repeat, count)

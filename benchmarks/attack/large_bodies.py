@@ -10,9 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks.attack.bars import at_most, exactly
-from benchmarks.attack.clients import CHAT, COMPLETIONS, Victim
+from benchmarks.attack.clients import CHAT, COMPLETIONS, victim, victim_figures
 from benchmarks.attack.server import MODEL, Server, serving
 from benchmarks.attack.tokenize_flood import PAGE, TOKENIZE, flood, most_memory
+from benchmarks.common.threads import beside
 
 _BYTES = 4 * 1024**2 - 1024
 AT_ONCE = 4
@@ -33,7 +34,7 @@ def run(source: Path) -> dict[str, float]:
     with (
         serving(source, "large-bodies") as server,
         most_memory(server) as most,
-        Victim(server, time.monotonic() + _LIMIT_SECONDS, body=PAGE, path=TOKENIZE) as victim,
+        victim(server, time.monotonic() + _LIMIT_SECONDS, PAGE, TOKENIZE) as of_victim,
     ):
         for kind, (path, body) in bodies().items():
             with _health(server) as times:
@@ -44,14 +45,14 @@ def run(source: Path) -> dict[str, float]:
         "health_longest_seconds": max(health.values()),
         **health,
         **answers,
-        **victim.figures(),
+        **victim_figures(of_victim),
         "api_mb_most": most[0],
     }
 
 
 def bodies() -> dict[str, tuple[str, str]]:
     """Path and body of each kind."""
-    fields = _object_of_many()
+    fields = "{" + ",".join(f'"k{index:06}":1' for index in range(_BYTES // 12)) + "}"
     schema = '"response_format":{"type":"json_schema","json_schema":{"name":"a","schema":'
     prompts = {
         "string": f'"{"a" * _BYTES}"',
@@ -88,17 +89,12 @@ def _list_of(item: str, size: int = _BYTES) -> str:
     return "[" + ",".join([item] * (size // (len(item) + 1))) + "]"
 
 
-def _object_of_many() -> str:
-    """An object of as many fields as fit."""
-    return "{" + ",".join(f'"k{index:06}":1' for index in range(_BYTES // 12)) + "}"
-
-
 @contextmanager
 def _health(server: Server) -> Iterator[list[float]]:
     """Seconds that each answer of ``/health`` takes as long as the block lasts."""
-    times, stopping = [0.0], threading.Event()
+    times = [0.0]
 
-    def ask() -> None:
+    def ask(stopping: threading.Event) -> None:
         connection = http.client.HTTPConnection(*server.address, timeout=_LIMIT_SECONDS)
         while not stopping.wait(0.005):
             start = time.perf_counter()
@@ -107,10 +103,5 @@ def _health(server: Server) -> Iterator[list[float]]:
             times.append(time.perf_counter() - start)
         connection.close()
 
-    asker = threading.Thread(target=ask, daemon=True)
-    asker.start()
-    try:
+    with beside(ask):
         yield times
-    finally:
-        stopping.set()
-        asker.join()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.attack.bars import at_most, exactly
-from benchmarks.attack.clients import FOUR_TOKENS, Victim, ask, with_schema
+from benchmarks.attack.clients import FOUR_TOKENS, ask, victim, victim_figures, with_schema
 from benchmarks.attack.server import ATTACKER, MODEL, serving
 
 
@@ -45,12 +45,15 @@ def run(source: Path) -> dict[str, float]:
             ask(server, ATTACKER, FOUR_TOKENS)
             until = time.monotonic() + LIMIT_SECONDS
             statuses = []
-            with Victim(server, until) as victim:
+            with victim(server, until) as answers:
                 time.sleep(_CALM_SECONDS)
                 for schema in schemas:
                     left = max(1.0, until - time.monotonic())
                     statuses.append(ask(server, ATTACKER, with_schema(BODY, schema), timeout=left).status)
                 time.sleep(_CALM_SECONDS)
-        seen = victim.figures() | {"attacker_served": statuses.count(200), "attacker_refused": statuses.count(400)}
+        seen = victim_figures(answers) | {
+            "attacker_served": statuses.count(200),
+            "attacker_refused": statuses.count(400),
+        }
         figures |= {f"{name}_{figure}": value for figure, value in seen.items()}
     return figures

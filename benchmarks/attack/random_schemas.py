@@ -48,7 +48,6 @@ class RandomSchemas:
         return self._chance.choice(self._kinds)(depth)
 
     def expression(self, depth: int = 0) -> str:
-        """A regular expression."""
         kind = self._chance.random()
         if depth > 4 or kind < 0.35:
             return self._chance.choice(_ATOMS)

@@ -55,7 +55,6 @@ class Record:
         return None if value is None else bar.holds(value, self.figures(name, BEFORE).get(figure))
 
     def table(self) -> Table:
-        """One line for each bar."""
         table = Table("attack", "figure", BEFORE, AFTER, "bar", "holds")
         for name in (name for name in ATTACKS if name in self.attacks):
             for figure, bar in ATTACKS[name].bars.items():

@@ -9,7 +9,10 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
+from itertools import cycle
 from pathlib import Path
 
 from benchmarks.attack import compiling, grammar_fuzz, large_bodies, masks, starving, tokenize_flood
@@ -93,23 +96,6 @@ MOVES: Mapping[str, Move] = {
 }
 
 
-class Counts:
-    """How requests and moves ended, counted by several threads."""
-
-    def __init__(self) -> None:
-        self.stopping = threading.Event()
-        self._counts: Counter[str] = Counter()
-        self._lock = threading.Lock()
-
-    def add(self, name: str) -> None:
-        with self._lock:
-            self._counts[name] += 1
-
-    def read(self) -> dict[str, int]:
-        with self._lock:
-            return dict(self._counts)
-
-
 def run(source: Path, minutes: float, seed: int, checkpoints: Path) -> dict[str, float]:
     """A JSON line a minute goes to ``checkpoints``; the figures are those of all minutes together."""
     with tempfile.TemporaryDirectory(prefix="evospec-attack-") as directory, ExitStack() as stack:
@@ -120,48 +106,49 @@ def run(source: Path, minutes: float, seed: int, checkpoints: Path) -> dict[str,
         if any(isinstance(answer, str) for answer in expected):
             raise RuntimeError(f"not every request is served by a server that nobody attacks: {expected}")
         moves = {**MOVES, "channel": lambda server, seconds, chance: forge(channel, chance.choice(list(MODES)))}
-        counts = Counts()
-        work = [
-            lambda tenant=tenant: _behave(server, tenant, questions, expected, counts) for tenant in (VICTIM, OTHER)
-        ]
-        work += [lambda n=n: _misbehave(server, moves, random.Random(seed + n), counts) for n in range(_ATTACKERS)]
-        threads = [threading.Thread(target=one, daemon=True) for one in work]
-        for thread in threads:
-            thread.start()
-        try:
-            lines = _watch(server, counts, minutes, checkpoints)
-            if not all(thread.is_alive() for thread in threads):
-                raise RuntimeError("a client has crashed; its traceback is above")
-        finally:
-            counts.stopping.set()
-            for thread in threads:
-                thread.join(2 * _TIMEOUT)
-    return _summary(lines, counts)
+        events, stopping = list[str](), threading.Event()
+        work = [partial(_behave, server, tenant, questions, expected, events) for tenant in (VICTIM, OTHER)]
+        work += [partial(_misbehave, server, moves, random.Random(seed + n), events) for n in range(_ATTACKERS)]
+        with ThreadPoolExecutor(len(work)) as pool:
+            clients = [pool.submit(one, stopping) for one in work]
+            try:
+                lines = _watch(server, events, minutes, checkpoints)
+            finally:
+                stopping.set()
+            for client in clients:
+                client.result()  # raises what ended it
+    return _summary(lines, Counter(events))
 
 
 def _behave(
-    server: Server, tenant: str, questions: Sequence[Request], expected: Sequence[Answer | str], counts: Counts
+    server: Server,
+    tenant: str,
+    questions: Sequence[Request],
+    expected: Sequence[Answer | str],
+    events: list[str],
+    stopping: threading.Event,
 ) -> None:
     """One question after the other, each answer compared with the known one."""
-    number = 0
-    while not counts.stopping.wait(_PAUSE_SECONDS):
-        answer = _answer(server, tenant, questions[number % len(questions)])
+    for question, known in cycle(zip(questions, expected, strict=True)):
+        if stopping.wait(_PAUSE_SECONDS):
+            return
+        answer = _answer(server, tenant, question)
         if isinstance(answer, str):
-            counts.add("unserved")
-            counts.add(f"unserved: {answer}")
+            events += ["unserved", f"unserved: {answer}"]
         else:
-            counts.add("served" if answer == expected[number % len(questions)] else "wrong")
-        number += 1
+            events.append("served" if answer == known else "wrong")
 
 
-def _misbehave(server: Server, moves: Mapping[str, Move], chance: random.Random, counts: Counts) -> None:
-    while not counts.stopping.wait(_PAUSE_SECONDS):
+def _misbehave(
+    server: Server, moves: Mapping[str, Move], chance: random.Random, events: list[str], stopping: threading.Event
+) -> None:
+    while not stopping.wait(_PAUSE_SECONDS):
         name = chance.choice(list(moves))
         try:
             moves[name](server, chance.uniform(*_MOVE_SECONDS), chance)
         except OSError as error:  # the server ended it, which is what it should do
-            counts.add(f"attacks ended: {name}, {type(error).__name__}")
-        counts.add(f"attacks: {name}")
+            events.append(f"attacks ended: {name}, {type(error).__name__}")
+        events.append(f"attacks: {name}")
 
 
 def _answer(server: Server, tenant: str, question: Request) -> Answer | str:
@@ -171,33 +158,30 @@ def _answer(server: Server, tenant: str, question: Request) -> Answer | str:
     return read_answer(answer.body) if answer.is_served else f"{answer.status} {answer.body}"[:200]
 
 
-def _watch(server: Server, counts: Counts, minutes: float, checkpoints: Path) -> list[dict[str, float]]:
-    """Memory by role, descriptors and counts of each minute."""
+def _watch(server: Server, events: list[str], minutes: float, checkpoints: Path) -> list[dict[str, float]]:
     lines = []
     checkpoints.parent.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     with checkpoints.open("w") as file:
         while time.monotonic() - start < 60 * minutes:
             time.sleep(min(_CHECKPOINT_SECONDS, 60 * minutes))
-            memory = {f"{role}_mb": round(size, 1) for role, size in server.memory_mb().items()}
             line = {
                 "minute": round((time.monotonic() - start) / 60, 1),
                 "descriptors": server.num_descriptors(),
-                **memory,
+                **{f"{role}_mb": round(size, 1) for role, size in server.memory_mb().items()},
+                "engine_restarts": server.metric("evospec:process_restarts_total", process="engine"),
             }
-            line |= {"engine_restarts": server.metric("evospec:process_restarts_total", process="engine")}
             lines.append(line)
-            file.write(json.dumps({**line, **counts.read()}) + "\n")
+            file.write(json.dumps({**line, **Counter(events)}) + "\n")
             file.flush()
     return lines
 
 
-def _summary(lines: Sequence[Mapping[str, float]], counts: Counts) -> dict[str, float]:
+def _summary(lines: Sequence[Mapping[str, float]], counts: Counter[str]) -> dict[str, float]:
     """Counts, and what each process grew from the second quarter's greatest size to the last's."""
-    known = counts.read()
     count = len(lines)
     second, last = lines[count // 4 : max(1, count // 2)], lines[3 * count // 4 :]
-    figures: dict[str, float] = {name: known.get(name, 0) for name in ("served", "wrong", "unserved")}
+    figures: dict[str, float] = {name: counts[name] for name in ("served", "wrong", "unserved")}
     for role in (name.removesuffix("_mb") for name in lines[-1] if name.endswith("_mb")):
         early, late, most = (max(line.get(f"{role}_mb", 0.0) for line in part) for part in (second, last, lines))
         figures |= {f"{role}_mb_grown": late - early, f"{role}_mb_most": most}

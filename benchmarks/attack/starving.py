@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.attack.bars import Bar, at_most, exactly
-from benchmarks.attack.clients import COMPLETIONS, FOUR_TOKENS, Victim
+from benchmarks.attack.clients import COMPLETIONS, FOUR_TOKENS, victim, victim_figures
 from benchmarks.attack.server import ATTACKER, MODEL, Server, serving
+from benchmarks.common.threads import beside
 
 KV_BYTES = 600_000_000
 _TOGETHER_SECONDS = 40.0
@@ -48,9 +49,9 @@ def _starve(server: Server, body: Mapping[str, Any], alone_seconds: float) -> di
         tokens, start = _tokens(server), time.monotonic()
         time.sleep(3 * alone_seconds / 4)
         speed = (_tokens(server) - tokens) / (time.monotonic() - start)
-        with Victim(server, time.monotonic() + LIMIT_SECONDS, body=_FIRST_TOKEN) as victim:
+        with victim(server, time.monotonic() + LIMIT_SECONDS, _FIRST_TOKEN) as answers:
             time.sleep(_TOGETHER_SECONDS)
-        figures = {**victim.figures(), "preemptions": server.metric("evospec:preemptions_total")}
+        figures = {**victim_figures(answers), "preemptions": server.metric("evospec:preemptions_total")}
     return {**figures, "attacker_tokens_per_second_alone": speed}
 
 
@@ -68,17 +69,15 @@ def open_stream(server: Server, tenant: str, body: Mapping[str, Any]) -> Iterato
     )
     with socket.create_connection(server.address, timeout=LIMIT_SECONDS) as connection:
         connection.sendall(head.encode() + content)
-        reader = threading.Thread(target=_read_to_the_end, args=(connection,), daemon=True)
-        reader.start()
-        try:
-            yield
-        finally:
+
+        def read(_: threading.Event) -> None:
             with suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
-            reader.join()
+                while connection.recv(1 << 20):
+                    pass
 
-
-def _read_to_the_end(connection: socket.socket) -> None:
-    with suppress(OSError):
-        while connection.recv(1 << 20):
-            pass
+        with beside(read):
+            try:
+                yield
+            finally:
+                with suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)

@@ -8,12 +8,14 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from benchmarks.attack.bars import at_most, exactly
-from benchmarks.attack.clients import Victim
+from benchmarks.attack.clients import post, victim, victim_figures
 from benchmarks.attack.server import ATTACKER, MODEL, Server, serving
+from benchmarks.common.threads import beside
 
 TOKENIZE = "/tokenize"
 PAGE = {"model": MODEL, "prompt": "Hello there, " * 500}
@@ -41,9 +43,9 @@ def run(source: Path) -> dict[str, float]:
     with serving(source, "tokenize-flood") as server, most_memory(server) as most:
         for kind, text in TEXTS.items():
             body = json.dumps({"model": MODEL, "prompt": text}, ensure_ascii=False).encode()
-            with Victim(server, time.monotonic() + _LIMIT_SECONDS, body=PAGE, path=TOKENIZE) as victim:
+            with victim(server, time.monotonic() + _LIMIT_SECONDS, PAGE, TOKENIZE) as answers:
                 statuses = flood(server, TOKENIZE, body, AT_ONCE, _SECONDS)
-            figures |= {f"{kind}_{name}": value for name, value in victim.figures().items()}
+            figures |= {f"{kind}_{name}": value for name, value in victim_figures(answers).items()}
             figures |= {f"{kind}_attacker_{status}": count for status, count in sorted(statuses.items())}
     return {**figures, "api_mb_most": most[0]}
 
@@ -54,40 +56,27 @@ def flood(server: Server, path: str, body: bytes, at_once: int, seconds: float) 
     Status 0: none came.
     """
     end, statuses = time.monotonic() + seconds, Counter[int]()
-    headers = {"Authorization": f"Bearer {server.keys[ATTACKER]}", "Content-Type": "application/json"}
 
-    def send() -> None:
+    def send(_: int) -> None:
         while time.monotonic() < end:
-            connection, status = http.client.HTTPConnection(*server.address, timeout=_LIMIT_SECONDS), 0
+            status = 0
             with suppress(OSError, http.client.HTTPException):
-                connection.request("POST", path, body, headers)
-                response = connection.getresponse()
-                response.read()
-                status = response.status
-            connection.close()
+                status = post(server, ATTACKER, body, path, _LIMIT_SECONDS)[0]
             statuses[status] += 1
 
-    clients = [threading.Thread(target=send, daemon=True) for _ in range(at_once)]
-    for client in clients:
-        client.start()
-    for client in clients:
-        client.join()
+    with ThreadPoolExecutor(at_once) as clients:
+        list(clients.map(send, range(at_once)))
     return statuses
 
 
 @contextmanager
 def most_memory(server: Server) -> Iterator[list[float]]:
     """A list whose one entry is the most resident megabytes of the API process since the block began."""
-    most, stopping = [server.api_mb()], threading.Event()
+    most = [server.api_mb()]
 
-    def watch() -> None:
+    def watch(stopping: threading.Event) -> None:
         while not stopping.wait(0.02):
             most[0] = max(most[0], server.api_mb())
 
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
+    with beside(watch):
         yield most
-    finally:
-        stopping.set()
-        watcher.join()

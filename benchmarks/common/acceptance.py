@@ -16,16 +16,12 @@ from typing import Any, TypeVar
 
 from rich.table import Table
 
-from benchmarks.common.jackknife import jackknife_error
-
 Run = Mapping[str, Any]
 _Request = TypeVar("_Request")
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure and its standard error."""
-
     value: float
     error: float
 
@@ -59,7 +55,9 @@ def estimate(requests: Sequence[_Request], figure: Callable[[Sequence[_Request]]
     if len(requests) < 2:
         return None
     without = [figure([*requests[:place], *requests[place + 1 :]]) for place in range(len(requests))]
-    return Estimate(figure(requests), jackknife_error(without))
+    middle = fmean(without)
+    squares = sum((one - middle) ** 2 for one in without)
+    return Estimate(figure(requests), math.sqrt((1 - 1 / len(without)) * squares))
 
 
 def mean(estimates: Sequence[Estimate]) -> Estimate:

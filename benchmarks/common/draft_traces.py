@@ -6,28 +6,26 @@ at each position and depth, the answer's tokens given, are therefore all that ac
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import safe_open
-from safetensors.numpy import save_file
 
 from adapters.target_parts import TargetParts, fastest_dtype, load_target_parts
 from adapters.training.dataset import Batch
-from adapters.training.feature_recorder import FeatureRecorder
-from adapters.training.unroll import Unroller
-from benchmarks.common.in_process import engine_config
+from adapters.training.generate import FeatureRecorder
+from adapters.training.learner import Unroller
+from benchmarks.common.in_process import CLIENT, Engine, Turn, engine_config, take_turns
 from benchmarks.prompts.build import Prompt
 from benchmarks.prompts.sources import CACHE
 from benchmarks.prompts.streams import trial_prompts
 from engine.config import ModelConfig, SpeculationConfig
-from engine.core import EngineCore
-from engine.messages import EngineRequest, SamplingParams
+from engine.messages import SamplingParams
 from engine.models import eagle3
 from engine.models.eagle3 import Eagle3
 from engine.models.eagle3_config import recorded_layers
@@ -39,7 +37,7 @@ from engine.text.tokenizer import Tokenizer
 DEPTH, WIDTH, TARGET_TOP_K = 4, 512, 10
 """Draft tokens of a chain, and how many of the draft's and of the target's most likely tokens are kept."""
 _AT_ONCE = 16
-_CLIENT = b"traces"
+_Recorded = TypeVar("_Recorded")
 
 
 @dataclass(frozen=True)
@@ -59,30 +57,14 @@ class Trace:
     likely: NDArray[np.int32]
 
 
-def save(traces: Sequence[Trace], path: Path) -> None:
-    """One safetensors file."""
-    arrays: dict[str, NDArray[np.generic]] = {}
-    for number, trace in enumerate(traces):
-        arrays[f"{number}.prompt"] = np.array(trace.prompt, np.int32)
-        arrays[f"{number}.answer"] = np.array(trace.answer, np.int32)
-        for name in ("draft_ids", "draft_logits", "likely"):
-            arrays[f"{number}.{name}"] = np.ascontiguousarray(getattr(trace, name))
-    save_file(arrays, path, {"domains": json.dumps([trace.domain for trace in traces])})
-
-
-def load(path: Path) -> list[Trace]:
-    """What ``save`` wrote."""
-    with safe_open(path, framework="np") as file:
-        domains = json.loads(file.metadata()["domains"])
-
-        def trace(number: int, domain: str) -> Trace:
-            prompt, answer, *arrays = (
-                file.get_tensor(f"{number}.{name}")
-                for name in ("prompt", "answer", "draft_ids", "draft_logits", "likely")
-            )
-            return Trace(domain, prompt.tolist(), answer.tolist(), *arrays)
-
-        return [trace(number, domain) for number, domain in enumerate(domains)]
+def kept(path: Path, make: Callable[[], Iterable[_Recorded]]) -> list[_Recorded]:
+    """What ``make`` gives; from ``path``, in the cache of prompts, if it was made before."""
+    path = CACHE / path
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(pickle.dumps(list(make())))
+    found: list[_Recorded] = pickle.loads(path.read_bytes())
+    return found
 
 
 @dataclass(frozen=True)
@@ -122,19 +104,18 @@ def answers(model: str, prompts: Sequence[Prompt], max_tokens: int) -> Iterator[
 def _run(model: str, texts: Sequence[list[int]], max_tokens: int) -> Iterator[tuple[list[int], torch.Tensor]]:
     """Greedy answers to texts, and the features of all tokens that were computed."""
     config = engine_config(model, SpeculationConfig(num_speculative_tokens=0, adaptive=False))
-    files = resolve_model(config.model)
-    spec = validate_model_files(files)
-    recorder = FeatureRecorder(recorded_layers(spec))
-    core = EngineCore(config, files, spec, draft=recorder)
-    made = _answer(core, texts, SamplingParams(max_tokens=max_tokens, seed=0, temperature=0.0))
-    for number, answer in enumerate(made):
-        yield answer, recorder.take(engine_request_id(_CLIENT, str(number)))
+    recorder = FeatureRecorder(recorded_layers(validate_model_files(resolve_model(config.model))))
+    engine = Engine(config, draft=recorder)
+    sampling = SamplingParams(max_tokens=max_tokens, seed=0, temperature=0.0)
+    [made] = take_turns([engine.answering([Turn(text) for text in texts], sampling, _AT_ONCE)])
+    for number, answer in enumerate(made.answers):
+        yield answer, recorder.take(engine_request_id(CLIENT, str(number)))
 
 
 def record(model: str, prompts: Sequence[Prompt], max_tokens: int) -> Iterator[Trace]:
     """Answer, then run the shipped draft over the answers; arguments as for ``answers``."""
     draft, target = load_parts(model)
-    unroller, head = Unroller(draft, target), _Head(target)
+    unroller, head = Unroller(draft, target), Head(target)
     for one in answers(model, prompts, max_tokens):
         yield _trace(unroller, head, one)
 
@@ -142,7 +123,7 @@ def record(model: str, prompts: Sequence[Prompt], max_tokens: int) -> Iterator[T
 def record_draft_model(model: str, draft: str, prompts: Sequence[Prompt], max_tokens: int) -> Iterator[Trace]:
     """Answer, then let a smaller model read the answers; arguments as for ``answers``."""
     answered = list(answers(model, prompts, max_tokens))
-    target, smaller = _Head(load_target(model)), _Head(load_target(draft))
+    target, smaller = Head(load_target(model)), Head(load_target(draft))
     texts = [[*one.text, *one.answer] for one in answered]
     for one, (_, features) in zip(answered, _run(draft, texts, max_tokens=1), strict=True):
         yield _trace_of_model(target, smaller, one, features[len(one.text) : len(one.text) + len(one.answer)])
@@ -151,43 +132,20 @@ def record_draft_model(model: str, draft: str, prompts: Sequence[Prompt], max_to
 def recorded(model: str, prompts: int, max_tokens: int, draft: str | None = None) -> list[Trace]:
     """Traces of so many trial prompts of each domain: recorded when first asked for, then kept.
 
-    Args:
-        model: the target.
-        prompts: of each domain.
-        max_tokens: of an answer.
-        draft: the model that drafts; None: the EAGLE-3 draft shipped for the target.
+    ``draft``: the model that drafts; None: the EAGLE-3 draft shipped for the target.
     """
-    drafted = "" if draft is None else f"-{draft}"
-    path = CACHE / "traces" / f"{model}{drafted}-{prompts}x{max_tokens}.safetensors"
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def make() -> Iterator[Trace]:
         chosen = trial_prompts(model, prompts)
-        made = (
-            record(model, chosen, max_tokens) if draft is None else record_draft_model(model, draft, chosen, max_tokens)
-        )
-        save(list(made), path)
-    return load(path)
+        if draft is None:
+            return record(model, chosen, max_tokens)
+        return record_draft_model(model, draft, chosen, max_tokens)
+
+    drafted = "" if draft is None else f"-{draft}"
+    return kept(Path("traces", f"{model}{drafted}-{prompts}x{max_tokens}.pickle"), make)
 
 
-def _answer(core: EngineCore, texts: Sequence[list[int]], sampling: SamplingParams) -> list[list[int]]:
-    answers: list[list[int]] = [[] for _ in texts]
-    waiting, num_running = list(range(len(texts)))[::-1], 0
-    while waiting or num_running:
-        while waiting and num_running < _AT_ONCE:
-            number, num_running = waiting.pop(), num_running + 1
-            core.add(
-                _CLIENT,
-                EngineRequest(
-                    request_id=str(number), prompt_token_ids=texts[number], sampling=sampling, tenant="traces"
-                ),
-            )
-        for output in core.step()[0][_CLIENT]:
-            answers[int(output.request_id)] += output.token_ids
-            num_running -= output.finish_reason is not None
-    return answers
-
-
-class _Head:
+class Head:
     """A model's output projection, in float32: converted once."""
 
     def __init__(self, model: TargetParts) -> None:
@@ -204,7 +162,7 @@ class _Head:
 
 
 @torch.inference_mode()
-def _trace(unroller: Unroller, head: _Head, answered: Answered) -> Trace:
+def _trace(unroller: Unroller, head: Head, answered: Answered) -> Trace:
     prompt, answer, features = answered.text, answered.answer, answered.features
     hidden, length = head.hidden, len(features) + 1
     inputs = torch.zeros(1, length, features.shape[1] - hidden)
@@ -231,7 +189,7 @@ def _trace(unroller: Unroller, head: _Head, answered: Answered) -> Trace:
 
 
 @torch.inference_mode()
-def _trace_of_model(target: _Head, draft: _Head, answered: Answered, features: torch.Tensor) -> Trace:
+def _trace_of_model(target: Head, draft: Head, answered: Answered, features: torch.Tensor) -> Trace:
     """``features`` [A, n * hidden]: the draft model's, of the answer's tokens."""
     best = draft.logits(features).topk(WIDTH)
     places = np.arange(len(features) - DEPTH + 1)[:, None] + np.arange(DEPTH)
@@ -245,7 +203,7 @@ def _trace_of_model(target: _Head, draft: _Head, answered: Answered, features: t
     )
 
 
-def _likely(target: _Head, answered: Answered) -> NDArray[np.int32]:
+def _likely(target: Head, answered: Answered) -> NDArray[np.int32]:
     """[A, TARGET_TOP_K]: the target's most likely tokens at each place of the answer."""
     logits = target.logits(answered.features[len(answered.text) - 1 :])
     ids: NDArray[np.int32] = logits.topk(TARGET_TOP_K).indices.int().numpy()

@@ -16,8 +16,9 @@ from benchmarks.prompts.build import Prompt
 from engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig, SpeculationConfig
 from engine.core import EngineCore
 from engine.loader import LoadedModel, load
-from engine.messages import EngineOutput, EngineRequest, SamplingParams, SessionState, StepTimings, VocabularyCounts
+from engine.messages import EngineOutput, EngineRequest, SamplingParams, SessionState, StepTimings
 from engine.models.registry import resolve_model, validate_model_files
+from engine.speculation.drafters.base import Draft
 from engine.text.tokenizer import Tokenizer
 
 PARTS = ("draft", "verify", "sample", "overhead")
@@ -26,7 +27,7 @@ MAX_MODEL_LEN = 2048
 MAX_SEQUENCES = 64
 KV_BYTES = 512 * 2**20
 """Of each engine: several are in memory at once."""
-_CLIENT = b"benchmark"
+CLIENT = b"benchmark"
 
 
 def engine_config(model: str, speculation: SpeculationConfig) -> EngineConfig:
@@ -55,8 +56,6 @@ class Generation:
     answers: list[list[int]]
     snapshots: list[bytes | None] = field(default_factory=list)
     """Of each answer's session, as the engine wants it back with the next request; None without a session."""
-    vocabularies: list[VocabularyCounts | None] = field(default_factory=list)
-    """How each answer's own draft vocabulary fared; None if it had none."""
     decode_steps: list[StepTimings] = field(default_factory=list)
     """Those that computed no prompt."""
     seconds: float = 0.0
@@ -68,7 +67,6 @@ class Generation:
         return sum(map(len, self.answers))
 
     def add_step(self, outputs: Sequence[EngineOutput], timings: StepTimings) -> None:
-        """Count what a step did."""
         self.verified += [(o.num_draft_tokens, o.num_accepted_tokens) for o in outputs if o.num_draft_tokens]
         if timings.num_tokens == sum(1 + output.num_draft_tokens for output in outputs):
             self.decode_steps.append(timings)
@@ -99,21 +97,17 @@ def take_turns(runs: Sequence[Iterator[TimedT]]) -> list[TimedT]:
 
 
 class Engine:
-    """An ``EngineCore`` and its tokenizer.
-
-    Args:
-        config: all options.
-        target: loaded already; None: this engine has its own.
+    """An ``EngineCore`` and its tokenizer; ``target`` and ``draft`` may be loaded already.
 
     Raises:
         ValueError: the configuration asks for speculation, but there is no draft for the model.
     """
 
-    def __init__(self, config: EngineConfig, target: LoadedModel | None = None) -> None:
+    def __init__(self, config: EngineConfig, target: LoadedModel | None = None, draft: Draft | None = None) -> None:
         files = resolve_model(config.model)
         self.tokenizer = Tokenizer.from_files(files)
-        self.core = EngineCore(config, files, validate_model_files(files), target=target)
-        if self.core.draft is None and config.speculation.method != "none":
+        self.core = EngineCore(config, files, validate_model_files(files), draft, target)
+        if self.core.introduction.draft is None and config.speculation.method != "none":
             raise ValueError(f"there is no {config.speculation.method} draft for {config.model.name}")
         self._ids = count()
 
@@ -128,8 +122,7 @@ class Engine:
 
         Its time is that of the steps.
         """
-        nothing = [None] * len(turns)
-        result = Generation([[] for _ in turns], [*nothing], [*nothing])
+        result = Generation([[] for _ in turns], [None] * len(turns))
         waiting = list(enumerate(turns))[::-1]
         running: dict[str, int] = {}
         yield result
@@ -143,7 +136,7 @@ class Engine:
                 place = running[output.request_id]
                 result.answers[place] += output.token_ids
                 if output.finish_reason is not None:
-                    result.snapshots[place], result.vocabularies[place] = output.session_snapshot, output.vocabulary
+                    result.snapshots[place] = output.session_snapshot
                     del running[output.request_id]
             result.seconds += time.perf_counter() - started
             if timings is not None:
@@ -160,7 +153,7 @@ class Engine:
             tenant=turn.tenant,
             session=turn.session,
         )
-        self.core.add(_CLIENT, request)
+        self.core.add(CLIENT, request)
         return request_id
 
     def step(self) -> tuple[list[EngineOutput], StepTimings | None]:
@@ -170,7 +163,7 @@ class Engine:
             RuntimeError: the engine refused a request.
         """
         outputs, timings = self.core.step()
-        for output in outputs[_CLIENT]:
+        for output in outputs[CLIENT]:
             if output.error is not None:
                 raise RuntimeError(f"the engine refused a prompt: {output.error}")
-        return outputs[_CLIENT], timings
+        return outputs[CLIENT], timings

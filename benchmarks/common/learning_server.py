@@ -8,15 +8,21 @@ import secrets
 import signal
 import sys
 import time
-import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 from urllib.parse import quote
 
-from benchmarks.common.process import LOGS, Launch, free_port, running
+from benchmarks.common.process import Launch, fetch, running
 from server.bench.stream import Speculation, stream
 from server.tenants import hash_key
+
+
+def verification_length(answers: Iterable[Mapping[str, Any]]) -> float:
+    """Tokens for each verification of what ``LearningServer.ask`` gave; steps without drafts count."""
+    counts = [(answer["tokens"], answer["accepted"]) for answer in answers]
+    tokens, accepted = map(sum, zip(*counts, strict=True))
+    return float(tokens / (tokens - accepted))
 
 
 class LearningServer:
@@ -75,10 +81,7 @@ class LearningServer:
                 os.kill(pid, signal.SIGCONT)
 
     def _call(self, method: str, path: str) -> Any:
-        headers = {"Authorization": f"Bearer {self._admin}"}
-        request = urllib.request.Request(self.url + path, method=method, headers=headers)
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            return json.loads(answer.read())
+        return json.loads(fetch(self.url + path, self._admin, method, timeout=30))
 
 
 @contextmanager
@@ -86,8 +89,7 @@ def serving(
     model: str, name: str, log: str, options: Sequence[str], program: str = "benchmarks.common.experiments"
 ) -> Iterator[LearningServer]:
     """Runs ``evospec serve MODEL``, which calls the model ``name``, until the block ends."""
-    port, admin = free_port(), secrets.token_urlsafe(16)
-    own = ["--port", str(port), "--auth.admin_key", hash_key(admin)]
-    command = [sys.executable, "-m", program, "serve", model, *own, *options]
-    with running(Launch(command), port, LOGS / f"{log}.log"):
-        yield LearningServer(f"http://127.0.0.1:{port}", name, admin)
+    admin = secrets.token_urlsafe(16)
+    command = [sys.executable, "-m", program, "serve", model, "--auth.admin_key", hash_key(admin), *options]
+    with running(lambda port: Launch([*command, "--port", str(port)]), log) as (url, _):
+        yield LearningServer(url, name, admin)

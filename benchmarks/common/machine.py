@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
+from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 REPOSITORY = Path(__file__).parents[2]
 RESULTS = REPOSITORY / "benchmarks" / "results"
@@ -28,3 +32,18 @@ def git_commit(directory: Path = REPOSITORY) -> str:
     all_but_records = ["--", ":/", ":!benchmarks/results"]
     changed = subprocess.run([*git, "diff", "--quiet", "HEAD", *all_but_records], check=False).returncode != 0
     return f"{commit}+" if changed else commit
+
+
+def provenance() -> dict[str, Any]:
+    """When, on what and of which commit a record is made."""
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": git_commit(),
+        "cpu": cpu_description(),
+        "load_average_at_start": os.getloadavg()[0],
+    }
+
+
+def write_record(name: str, record: Mapping[str, Any]) -> None:
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")

@@ -10,17 +10,21 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 LOGS = Path.home() / ".cache" / "evospec" / "bench-logs"
 START_TIMEOUT = 420.0
 STOP_TIMEOUT = 20.0
 QUIET_PERCENT = 5.0
+_ROLES = {"engine.process": "engine", "grammar_process": "grammar", "adapters.": "worker", "valkey": "valkey"}
 
 
 @dataclass(frozen=True)
@@ -44,11 +48,13 @@ def free_port() -> int:
 
 
 @contextmanager
-def running(launch: Launch, port: int, log: Path) -> Iterator[psutil.Process]:
-    """Runs the server until the block ends; yields once ``/health`` answers 200.
+def running(launch_at: Callable[[int], Launch], name: str) -> Iterator[tuple[str, psutil.Process]]:
+    """Runs a server on a free port until the block ends; yields its URL and process once ``/health`` answers 200.
 
-    The server gets a session of its own, so that all its processes are stopped with it.
+    It gets a session of its own, so that all its processes are stopped with it. Its log has the name ``name``.
     """
+    port, log = free_port(), LOGS / f"{name}.log"
+    launch = launch_at(port)
     log.parent.mkdir(parents=True, exist_ok=True)
     # By default SIGTERM ends this process without unwinding, and the server would go on alone.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -63,7 +69,7 @@ def running(launch: Launch, port: int, log: Path) -> Iterator[psutil.Process]:
         )
     try:
         _wait_until_healthy(process, port, log)
-        yield psutil.Process(process.pid)
+        yield f"http://127.0.0.1:{port}", psutil.Process(process.pid)
     finally:
         _stop(process)
 
@@ -103,9 +109,34 @@ def _groups_of_session(session: int) -> set[int]:
     return groups
 
 
+def fetch(url: str, key: str | None = None, method: str = "GET", timeout: float = 10) -> str:
+    """The body of an answer; ``key``: of the tenant that asks. Raises ``OSError``."""
+    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+    request = urllib.request.Request(url, method=method, headers=headers)
+    with urllib.request.urlopen(request, timeout=timeout) as answer:
+        text: str = answer.read().decode()
+    return text
+
+
+def metrics(url: str, key: str | None = None, timeout: float = 10) -> list[Sample]:
+    """All samples of a server's ``/metrics``; ``key``: of the tenant that may read it."""
+    families = text_string_to_metric_families(fetch(f"{url}/metrics", key, timeout=timeout))
+    return [sample for family in families for sample in family.samples]
+
+
 def tree(process: psutil.Process) -> list[psutil.Process]:
-    """The process and all its descendants."""
     return [process, *process.children(recursive=True)]
+
+
+def memory(process: psutil.Process, kind: str) -> dict[str, int]:
+    """Bytes of a server's processes by role, "api" for the launcher; ``kind``: of psutil's, rss or pss."""
+    sizes: Counter[str] = Counter()
+    for member in tree(process):
+        with suppress(psutil.NoSuchProcess):
+            command = " ".join(member.cmdline())
+            role = next((name for word, name in _ROLES.items() if word in command), "api")
+            sizes[role] += getattr(member.memory_full_info(), kind)
+    return sizes
 
 
 def cpu_seconds(process: psutil.Process) -> float:

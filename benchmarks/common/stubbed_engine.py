@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import chain, cycle, islice
 from typing import cast
@@ -50,7 +50,7 @@ from engine.models.registry import resolve_model, validate_model_files
 from engine.speculation.build import make_head
 from engine.speculation.draft_files import DRAFTS
 from engine.speculation.drafters.base import DraftCosts
-from engine.speculation.drafters.eagle import EagleProposer
+from engine.speculation.drafters.eagle import EagleDraft, EagleProposer
 from engine.speculation.drafters.eagle_network import EagleNetwork
 from engine.speculation.drafters.head import DraftHead
 from engine.text.tokenizer import Tokenizer
@@ -59,7 +59,7 @@ from kernels.head_rows import Core, TailSlabs
 DOMAINS = ["code", "general"]
 NEW_TOKENS, QUOTED_TOKENS = 24, 16
 """A text is so many tokens of the prompts and so many that it has said before, in turn: with that, default vocabularies
-hold nine tokens of ten, as many as of served answers (coverage in ``benchmarks.vocabulary.tenants``)."""
+hold nine tokens of ten, as many as of served answers."""
 KNOWN = 0.6
 """Share of the places at which the draft is right, if it may say the token."""
 _RANK_WHERE_WRONG = 3
@@ -83,7 +83,6 @@ class Texts:
         self._all_ids = torch.arange(tokenizer.vocab_size, dtype=torch.int32)
 
     def prompts(self, length: int) -> list[list[int]]:
-        """The beginning of each text."""
         beginnings: list[list[int]] = self.tokens.view(-1, self.length)[:, :length].tolist()
         return beginnings
 
@@ -103,7 +102,6 @@ class Texts:
             yield
 
     def following(self, places: torch.Tensor) -> torch.Tensor:
-        """The token after each place."""
         return self.tokens[(places + 1) % len(self.tokens)]
 
     @stub
@@ -158,25 +156,20 @@ def _text(rng: np.random.Generator, tokens: Sequence[int], start: int, length: i
     return text[:length]
 
 
-@dataclass
-class StubDraft:
-    """A ``Draft`` whose proposer and head are the engine's."""
+class StubDraft(EagleDraft):
+    """An ``EagleDraft`` of which only the network is a stub."""
 
-    target: LoadedModel
-    head: DraftHead
-    network: StubEagle
-    cache: CacheConfig
-
-    def __post_init__(self) -> None:
-        self.description, self.vocab, self.costs = self.head.description, self.head.vocab, DraftCosts(0, 0)
+    def __init__(self, target: LoadedModel, head: DraftHead, cache: CacheConfig) -> None:
+        self.target, self.head, self.adapters, self._cache = target, head, None, cache
+        self.config = Eagle3Config.for_target(target.spec, "stub", (0,), intermediate_size=1)
+        self.network, self.embed = cast(EagleNetwork, StubEagle()), target.model.embed
+        self.stores_fused, self.stored_width, self.on_gpu = True, self.config.hidden_size, head.on_gpu()
+        self.description, self.vocab, self.costs = head.description, head.vocab, DraftCosts(0, 0)
 
     def make_proposer(self, num_blocks: int) -> EagleProposer:
         """Allocate the features, and a block that is nobody's."""
-        attention = self.target.make_attention(attention_spec(self.target, self.cache, num_blocks + 1))
-        config = Eagle3Config.for_target(self.target.spec, "stub", (0,), intermediate_size=1)
-        network, on_gpu = cast(EagleNetwork, self.network), self.head.on_gpu()
-        embed = self.target.model.embed
-        return EagleProposer(network, self.target, embed, attention, self.head, config, on_gpu=on_gpu)
+        attention = self.target.make_attention(attention_spec(self.target, self._cache, num_blocks + 1))
+        return EagleProposer(self, attention)
 
 
 def make_engine(config: EngineConfig, texts: Texts) -> EngineCore:
@@ -191,5 +184,5 @@ def make_engine(config: EngineConfig, texts: Texts) -> EngineCore:
     draft = None
     if config.speculation.method != "none":
         head = make_head(config, target, DRAFTS / files.name, tokenizer)
-        draft = StubDraft(target, head, StubEagle(), config.cache)
+        draft = StubDraft(target, head, config.cache)
     return EngineCore(config, files, spec, draft, target)

@@ -12,7 +12,7 @@ import torch
 from engine.attention.base import AttentionBackend, AttentionSpec
 from engine.batch import Features, ForwardBatch, ForwardOutput
 from engine.models.decoder import HeadSlab
-from kernels.drafted_rounds import DraftedRounds
+from kernels.session_memory import DraftedRounds
 
 HIDDEN = 8
 """Width of the hidden states, which nobody multiplies."""

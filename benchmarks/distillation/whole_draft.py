@@ -47,14 +47,9 @@ class DistilledDraft(WholeDraft):
         super()._put_in_force(index, assignment)
 
 
-PARTS = {"EagleAdapters": DistilledDraft}
-"""What takes the place of what in ``engine.speculation.build``."""
-
-
 def main() -> None:
     """Serve as ``engine.process`` does."""
-    for name, part in PARTS.items():
-        setattr(build, name, part)
+    build.EagleAdapters = DistilledDraft  # type: ignore[attr-defined]
     process.main()
 
 

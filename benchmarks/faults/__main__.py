@@ -11,7 +11,7 @@ import random
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,9 +29,9 @@ from benchmarks.faults.requests import (
     MAX_TOKENS,
     Answer,
     Finished,
-    Load,
     Outcome,
     Question,
+    asking,
     known_answers,
     make_questions,
 )
@@ -46,7 +46,7 @@ from benchmarks.faults.server import (
     undisturbed,
     worker_options,
 )
-from benchmarks.faults.watch import Versions, Watch
+from benchmarks.faults.watch import Versions, watching
 
 LIVES = 4
 """Times that one process of a server is killed: the launcher waits half a second before it starts it again, then one
@@ -64,8 +64,8 @@ class Bench:
     expected: list[Answer]
     versions: Versions = field(default_factory=Versions)
 
-    def load(self, server: Server) -> Load:
-        return Load(server.url, self.questions, self.expected, server.keys, self.versions.floors)
+    def load(self, server: Server) -> AbstractContextManager[list[Finished]]:
+        return asking(server.url, self.questions, self.expected, server.keys, self.versions.floors)
 
 
 def is_learned(state: State) -> str:
@@ -81,10 +81,10 @@ def learn(bench: Bench) -> None:
         TimeoutError: it does not.
         RuntimeError: an answer was wrong, though nothing was hurt.
     """
-    with serving(bench.model, "learning") as server, bench.load(server) as load:
+    with serving(bench.model, "learning") as server, bench.load(server) as finished:
         server.wait(is_learned, LEARN_SECONDS)
-    if wrong := [one for one in load.finished if one.outcome is not Outcome.RIGHT]:
-        raise RuntimeError(f"{len(wrong)} of {len(load.finished)} answers before the first fault: {wrong[0].message}")
+    if wrong := [one for one in finished if one.outcome is not Outcome.RIGHT]:
+        raise RuntimeError(f"{len(wrong)} of {len(finished)} answers before the first fault: {wrong[0].message}")
 
 
 def repeat(server: Server, fault: Fault, chance: random.Random, seen: Seen) -> bool:
@@ -122,10 +122,7 @@ def repeat(server: Server, fault: Fault, chance: random.Random, seen: Seen) -> b
 class Tally:
     """What each fault did, and which one's turn it is.
 
-    Args:
-        names: of the faults.
-        repeats: wanted of each.
-        versions: seen so far; what is added to them belongs to the fault at the time.
+    ``repeats``: wanted of each. What is added to ``versions`` belongs to the fault at the time.
     """
 
     def __init__(self, names: Sequence[str], repeats: int, versions: Versions) -> None:
@@ -153,17 +150,17 @@ class Tally:
 def hurt(bench: Bench, tally: Tally, deadline: float) -> None:
     """All faults in turn, until one process of the server was killed too often, or one did not recover."""
     num_taken, is_sound, name = 0, True, tally.next()
-    with serving(bench.model, "serving") as server, Watch(server, bench.versions):
-        with bench.load(server) as load:
+    with serving(bench.model, "serving") as server, watching(server, bench.versions):
+        with bench.load(server) as of_all:
             server.wait(lambda state: state.disagreement, RECOVER_SECONDS)
             while name and is_sound and max(server.num_killed.values(), default=0) < LIVES:
                 last = name
                 is_sound = repeat(server, FAULTS[name], tally.chance[name], tally.seen[name])
-                finished = load.finished[num_taken:]
+                finished = of_all[num_taken:]
                 num_taken += len(finished)
                 tally.take(name, finished)
                 name = tally.next() if time.monotonic() < deadline else None
-        tally.take(last, load.finished[num_taken:])  # under way when the last fault was over
+        tally.take(last, of_all[num_taken:])  # under way when the last fault was over
 
 
 def measure(names: Sequence[str], repeats: int, minutes: float, path: Path, console: Console) -> bool:

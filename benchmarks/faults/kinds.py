@@ -16,8 +16,7 @@ import psutil
 from benchmarks.faults.server import ENGINE, RING_ROWS, VALKEY, WORKER, Server, State
 from engine.online.feature_ring import FeatureRingReader
 from engine.online.shared_file import SharedFile, SharedMemoryError
-from engine.online.weight_channel import WeightChannel
-from engine.online.weight_writer import WeightWriter
+from engine.online.weight_channel import WeightChannel, WeightWriter
 
 _WAIT_SECONDS = 20.0
 _SLICE_SECONDS = 3e-4
@@ -165,7 +164,6 @@ def _wrong_fingerprint_at_start(server: Server, chance: random.Random) -> str:
 
 
 def _damage(channel: WeightChannel, start: int, size: int, chance: random.Random) -> None:
-    """Change every byte."""
     file = channel.directory.file
     file.write(start, bytes(byte ^ chance.randrange(1, 256) for byte in file.read(start, size)))
 

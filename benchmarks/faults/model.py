@@ -32,7 +32,6 @@ class FaultModel:
 
     @classmethod
     def make(cls, directory: Path, options: AdaptersConfig) -> FaultModel:
-        """Write both."""
         files = make_directory(directory / "tiny")
         weights = load_file(files.path / "model.safetensors")
         weights["lm_head.weight"] *= _SHARPNESS

@@ -41,7 +41,6 @@ class Seen:
         return len(self.seconds) + len(self.not_recovered)
 
     def take(self, finished: Sequence[Finished]) -> None:
-        """Count requests."""
         self.outcomes.update(one.outcome.value for one in finished)
         self.messages.update(one.message for one in finished if one.message)
 
@@ -66,7 +65,6 @@ class Seen:
 
 
 def table(record: dict[str, Any]) -> Table:
-    """One row a fault."""
     plan = record["plan"]
     result = Table(title=f"Faults under load, {plan['clients']} clients, {plan['max_tokens']} tokens a request")
     for header in ("fault", "how"):

@@ -6,14 +6,17 @@ import json
 import random
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from itertools import count
 from typing import Any
 
 import httpx
+
+from benchmarks.common.threads import beside
 
 MAX_TOKENS = 48
 CLIENTS = 3
@@ -32,8 +35,6 @@ _SAMPLINGS: tuple[dict[str, Any], ...] = (
 
 
 class Outcome(Enum):
-    """How a request ended."""
-
     RIGHT = "right"
     CHANGED = "changed"
     """Another token than without fault, be it in an answer cut short."""
@@ -46,8 +47,6 @@ class Outcome(Enum):
 
 @dataclass(frozen=True)
 class Question:
-    """A request of a tenant's."""
-
     tenant: str
     body: dict[str, Any]
 
@@ -126,7 +125,6 @@ def known_answers(url: str, questions: Sequence[Question]) -> list[Answer]:
 
 
 def judge(answer: Answer, expected: Answer) -> tuple[Outcome, str]:
-    """How a request ended, and what is wrong."""
     if answer.tokens != expected.tokens[: len(answer.tokens)]:
         return Outcome.CHANGED, f"{answer.tokens} is no beginning of {expected.tokens}"
     if answer.error is not None:
@@ -139,53 +137,35 @@ def judge(answer: Answer, expected: Answer) -> tuple[Outcome, str]:
     return Outcome.RIGHT, ""
 
 
-class Load:
-    """Clients that ask one question after the other, as long as the block lasts.
+@contextmanager
+def asking(
+    url: str,
+    questions: Sequence[Question],
+    expected: Sequence[Answer],
+    keys: Mapping[str, str],
+    floors: Mapping[str, int],
+) -> Iterator[list[Finished]]:
+    """Clients that ask one question after the other, as long as the block lasts; yields what has finished so far.
 
-    Args:
-        url: of the server.
-        questions, expected: what to ask, and the answers.
-        keys: of the tenants.
-        floors: by tenant, the version that the engine drafts with; somebody else keeps it up to date.
+    ``floors``: by tenant, the version that the engine drafts with; somebody else keeps it up to date.
     """
+    finished, numbers = list[Finished](), count()
 
-    def __init__(
-        self,
-        url: str,
-        questions: Sequence[Question],
-        expected: Sequence[Answer],
-        keys: Mapping[str, str],
-        floors: Mapping[str, int],
-    ) -> None:
-        self._url, self._questions, self._expected, self._keys = url, questions, expected, keys
-        self._floors = floors
-        self._numbers = count()
-        self._stopping = threading.Event()
-        self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(CLIENTS)]
-        self.finished: list[Finished] = []
-
-    def __enter__(self) -> Load:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stopping.set()
-        for thread in self._threads:
-            thread.join()
-
-    def _run(self) -> None:
-        with httpx.Client(base_url=self._url, timeout=_TIMEOUT, trust_env=False) as http:
-            while not self._stopping.is_set():
-                self.finished.append(self._ask(http, next(self._numbers) % len(self._questions)))
-                time.sleep(_PAUSE)
-
-    def _ask(self, http: httpx.Client, index: int) -> Finished:
-        question = self._questions[index]
-        floor = self._floors.get(question.tenant, 0)
+    def finish(http: httpx.Client, index: int) -> Finished:
+        question = questions[index]
+        floor = floors.get(question.tenant, 0)
         try:
-            answer = ask(http, question, self._keys[question.tenant])
+            answer = ask(http, question, keys[question.tenant])
         except (httpx.HTTPError, ValueError) as error:
             return Finished(question.tenant, Outcome.FAILED, 0, floor, f"{type(error).__name__}: {error}")
-        outcome, message = judge(answer, self._expected[index])
+        outcome, message = judge(answer, expected[index])
         return Finished(question.tenant, outcome, answer.version, floor, message)
+
+    def client(stopping: threading.Event) -> None:
+        with httpx.Client(base_url=url, timeout=_TIMEOUT, trust_env=False) as http:
+            while not stopping.is_set():
+                finished.append(finish(http, next(numbers) % len(questions)))
+                time.sleep(_PAUSE)
+
+    with beside(client, CLIENTS):
+        yield finished

@@ -7,19 +7,16 @@ import os
 import secrets
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
-from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.common.process import LOGS, Launch, free_port, running, tree
+from benchmarks.common.process import Launch, fetch, metrics, running, tree
 from benchmarks.faults.model import FaultModel
 from engine.adapters_config import AdaptersConfig, GuardConfig, PaceConfig, ReplayConfig, TokenLogConfig, TrainingConfig
 from engine.online.shared_file import SharedMemoryError
@@ -36,7 +33,7 @@ _PROCESSES = {ENGINE: "engine", WORKER: "worker", VALKEY: "valkey"}
 _POLL_SECONDS = 0.2
 _STAYS_SECONDS = 0.75
 """What the server shows of a dead engine is gone sooner."""
-UNKNOWN = (OSError, SharedMemoryError, KeyError, IndexError)
+UNKNOWN = (OSError, SharedMemoryError, KeyError)
 """What asking a server for its state may raise while there is a fault."""
 
 
@@ -82,33 +79,21 @@ class State:
         return ""
 
 
+@dataclass
 class Server:
-    """A running server.
+    """A running server and its launcher; ``keys``: API key by tenant, ``layout``: of its weight channel."""
 
-    Args:
-        url: base URL.
-        process: the launcher.
-        model: what it serves.
-        layout: of its weight channel.
-        keys: API key by tenant.
-        admin: the admin key.
-        scraper: the key for metrics.
-    """
-
-    def __init__(
-        self,
-        url: str,
-        process: psutil.Process,
-        model: FaultModel,
-        layout: WeightLayout,
-        keys: Mapping[str, str],
-        admin: str,
-        scraper: str,
-    ) -> None:
-        self.url, self.process, self.model, self.layout, self.keys = url, process, model, layout, keys
-        self._admin, self._scraper = admin, scraper
-        self.num_killed: Counter[str] = Counter()
-        """How often each process was killed."""
+    url: str
+    process: psutil.Process
+    model: FaultModel
+    layout: WeightLayout
+    keys: Mapping[str, str]
+    admin: str
+    """The admin key."""
+    scraper: str
+    """The key for metrics."""
+    num_killed: Counter[str] = field(default_factory=Counter)
+    """How often each process was killed."""
 
     def child(self, module: str) -> psutil.Process:
         """The engine, the worker or Valkey; raises RuntimeError while it is not there."""
@@ -121,7 +106,6 @@ class Server:
         raise RuntimeError(f"there is no {_PROCESSES[module]} process")
 
     def kill(self, module: str) -> None:
-        """SIGKILL."""
         self.child(module).kill()
         self.num_killed[module] += 1
 
@@ -131,20 +115,23 @@ class Server:
 
     def state(self) -> State:
         """Raises one of ``UNKNOWN`` where something cannot be asked."""
-        status = json.loads(self._get("/v1/adapters", self._admin))
+        status = json.loads(fetch(f"{self.url}/v1/adapters", self.admin))
         channel = self.channel()
         slots = channel.slots()
         channel.close()
-        metrics = self._metrics()
+        samples = metrics(self.url, self.scraper)
+        values = {sample.name: sample.value for sample in samples}
         return State(
             worker=status["worker"] or {},
             adapters={one["key"]: one["status"] for one in status["data"]},
             in_engine={
-                labels["key"]: int(value) for labels, value in metrics.get("evospec:alignment_draft_version", [])
+                sample.labels["key"]: int(sample.value)
+                for sample in samples
+                if sample.name == "evospec:alignment_draft_version"
             },
             in_channel={slot.key: slot.version for slot in slots if slot.key is not None},
-            failed_loads=metrics["evospec:alignment_failed_loads_total"][0][1],
-            records_written=metrics["evospec:alignment_records_written_total"][0][1],
+            failed_loads=values["evospec:alignment_failed_loads_total"],
+            records_written=values["evospec:alignment_records_written_total"],
         )
 
     def wait(self, is_so: Callable[[State], str], seconds: float) -> float:
@@ -162,7 +149,7 @@ class Server:
             if self.process.status() == psutil.STATUS_ZOMBIE:
                 raise LauncherEnded
             try:
-                self._get("/health", None)
+                fetch(f"{self.url}/health")
                 problem = is_so(self.state())
             except UNKNOWN as error:
                 problem = f"{type(error).__name__}: {error}"
@@ -172,24 +159,11 @@ class Server:
             time.sleep(_POLL_SECONDS)
         raise TimeoutError(problem)
 
-    def _metrics(self) -> dict[str, list[tuple[dict[str, str], float]]]:
-        text = self._get("/metrics", self._scraper)
-        found: dict[str, list[tuple[dict[str, str], float]]] = {}
-        for family in text_string_to_metric_families(text):
-            for sample in family.samples:
-                found.setdefault(sample.name, []).append((sample.labels, sample.value))
-        return found
 
-    def _get(self, path: str, key: str | None) -> str:
-        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-        with urllib.request.urlopen(urllib.request.Request(self.url + path, headers=headers), timeout=10) as answer:
-            text: str = answer.read().decode()
-        return text
-
-
-def _command(model: FaultModel, port: int, options: Mapping[str, object], flags: list[str]) -> list[str]:
+def _running(
+    model: FaultModel, name: str, options: Mapping[str, object], flags: Sequence[str] = ()
+) -> AbstractContextManager[tuple[str, psutil.Process]]:
     common = {
-        "port": port,
         "model": model.target,
         "engine.model.dtype": "float32",
         "engine.runtime.attention_backend": "torch",
@@ -197,22 +171,21 @@ def _command(model: FaultModel, port: int, options: Mapping[str, object], flags:
         "engine.cache.num_blocks": 512,
     }
     words = [part for name, value in (common | dict(options)).items() for part in (f"--{name}", str(value))]
-    return [sys.executable, "-m", "benchmarks.common.experiments", "serve", *words, *flags]
+    command = [sys.executable, "-m", "benchmarks.common.experiments", "serve", *words, *flags]
+    return running(lambda port: Launch([*command, "--port", str(port)]), f"faults-{name}")
 
 
 @contextmanager
 def undisturbed(model: FaultModel) -> Iterator[str]:
     """A server without drafts, for the answers; yields its URL."""
-    port = free_port()
-    launch = Launch(_command(model, port, {"engine.speculation.method": "none"}, []))
-    with running(launch, port, LOGS / "faults-undisturbed.log"):
-        yield f"http://127.0.0.1:{port}"
+    with _running(model, "undisturbed", {"engine.speculation.method": "none"}) as (url, _):
+        yield url
 
 
 @contextmanager
 def serving(model: FaultModel, name: str) -> Iterator[Server]:
     """A server that aligns, until the block ends; it goes on with what one before it has learned."""
-    port, admin = free_port(), secrets.token_urlsafe(16)
+    admin = secrets.token_urlsafe(16)
     keys, scraper = {tenant: new_key() for tenant in TENANTS}, new_key()
     options = {
         "engine.speculation.method": "eagle3",
@@ -223,11 +196,9 @@ def serving(model: FaultModel, name: str) -> Iterator[Server]:
         "auth.admin_key": hash_key(admin),
         "engine.alignment": model.options.model_dump_json(),
     }
-    launch = Launch(_command(model, port, options, ["--no-engine.speculation.adaptive"]))
-    with running(launch, port, LOGS / f"faults-{name}.log") as process:
-        yield Server(f"http://127.0.0.1:{port}", process, model, model.layout(), keys, admin, scraper)
+    with _running(model, name, options, ["--no-engine.speculation.adaptive"]) as (url, process):
+        yield Server(url, process, model, model.layout(), keys, admin, scraper)
 
 
 def shared_directory() -> str | None:
-    """Where shared memory is best."""
     return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None

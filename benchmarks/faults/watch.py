@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 
+from benchmarks.common.threads import beside
 from benchmarks.faults.server import UNKNOWN, Server
 
 _PERIOD_SECONDS = 0.25
@@ -26,7 +28,6 @@ class Versions:
 
     @property
     def num_seen(self) -> int:
-        """Versions."""
         return len(self._keys)
 
     def observe_channel(self, slots: Mapping[str, int]) -> None:
@@ -51,27 +52,16 @@ class Versions:
             self.violations.append(f"an answer to {key} was drafted with version {version} after {floor}")
 
 
-class Watch:
-    """Observes a server's versions in a thread of its own, as long as the block lasts."""
+def watching(server: Server, versions: Versions) -> AbstractContextManager[None]:
+    """Observes a server's versions as long as the block lasts."""
 
-    def __init__(self, server: Server, versions: Versions) -> None:
-        self._server, self._versions = server, versions
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def __enter__(self) -> Watch:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stopping.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        while not self._stopping.wait(_PERIOD_SECONDS):
+    def look(stopping: threading.Event) -> None:
+        while not stopping.wait(_PERIOD_SECONDS):
             try:
-                state = self._server.state()
+                state = server.state()
             except UNKNOWN:
                 continue  # just now there is nothing to see
-            self._versions.observe_channel(state.in_channel)
-            self._versions.observe_engine(state.in_engine)
+            versions.observe_channel(state.in_channel)
+            versions.observe_engine(state.in_engine)
+
+    return beside(look)

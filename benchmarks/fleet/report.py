@@ -42,7 +42,6 @@ def phase_record(finished: Sequence[Finished], seconds: float) -> dict[str, Any]
 
 
 def table(record: dict[str, Any]) -> Table:
-    """One row a phase."""
     plan = record["plan"]
     title = f"{plan['replicas']} replicas behind {plan['router']}, {plan['sessions']} sessions"
     result = Table(title=title)
@@ -58,7 +57,6 @@ def table(record: dict[str, Any]) -> Table:
 
 
 def moves(record: dict[str, Any]) -> str:
-    """One line about sessions that move."""
     one = record["moves"]
     return (
         f"acceptance length of sessions that stay {one['stays']:.3f}, that move at each turn {one['moves']:.3f} "

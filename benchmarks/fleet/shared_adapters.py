@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import AsyncExitStack, ExitStack
+from contextlib import AsyncExitStack
 from datetime import datetime
 from itertools import cycle, islice
 from pathlib import Path
@@ -21,12 +20,11 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks.common.environment import environment
-from benchmarks.common.learning_server import LearningServer, serving
-from benchmarks.common.machine import RESULTS
-from benchmarks.common.process import LOGS, free_port
-from benchmarks.fleet.processes import new_valkey
-from benchmarks.grow import read_prompts
-from benchmarks.prompts.sets import DATA
+from benchmarks.common.learning_server import LearningServer, serving, verification_length
+from benchmarks.common.machine import write_record
+from benchmarks.common.process import LOGS
+from benchmarks.fleet.processes import running_valkey
+from benchmarks.prompts.sets import DATA, read_prompts
 
 MODEL = "smollm2-135m"
 BAR = 10.0
@@ -79,10 +77,7 @@ async def teach(server: LearningServer, prompts: Sequence[str]) -> None:
 
 
 async def acceptance(server: LearningServer, prompts: Sequence[str]) -> float:
-    """Tokens a step on held-out prompts."""
-    answers = [await server.ask(prompt, 64) for prompt in prompts]
-    tokens, accepted = (sum(answer[name] for answer in answers) for name in ("tokens", "accepted"))
-    return float(tokens / (tokens - accepted))
+    return verification_length([await server.ask(prompt, 64) for prompt in prompts])
 
 
 async def measure(versions: int) -> dict[str, Any]:
@@ -93,17 +88,12 @@ async def measure(versions: int) -> dict[str, Any]:
     stream, held_out = (read_prompts([DATA / f"law-{name}.jsonl"]) for name in ("stream", "trial"))
     held_out = held_out[:_HELD_OUT]
     async with AsyncExitStack() as stack:
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="evospec-adapters-")))
-        port = free_port()
-        valkey = new_valkey(port, directory)
-        stack.push_async_callback(valkey.stop)
-        await valkey.start()
-        servers = stack.enter_context(ExitStack())
+        _, redis_url, directory = await stack.enter_async_context(running_valkey())
 
         def start(name: str, *more: str) -> LearningServer:
-            own = ["--redis.url", f"redis://127.0.0.1:{port}", "--engine.alignment.state_directory"]
-            options = [*_OPTIONS, *own, str(directory / name), *more]
-            return servers.enter_context(serving(MODEL, MODEL, f"adapters-{name}", options))
+            own = ["--redis.url", redis_url, "--engine.alignment.state_directory", str(directory / name)]
+            options = [*_OPTIONS, *own, *more]
+            return stack.enter_context(serving(MODEL, MODEL, f"adapters-{name}", options))
 
         first, second = start("first", *_EAGER), start("second")
         before = await acceptance(second, held_out)
@@ -140,7 +130,7 @@ def main(
     """Exits with 1 if a version was not in force everywhere within 10 seconds."""
     found = asyncio.run(measure(versions))
     record = {"environment": environment(), "model": MODEL, "options": _OPTIONS, **found}
-    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1))
+    write_record(name, record)
     typer.echo(json.dumps(found, indent=1))
     raise typer.Exit(max(*found["seconds"], found["seconds_of_a_new_server"]) > BAR)
 

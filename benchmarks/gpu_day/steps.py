@@ -72,7 +72,7 @@ class Machine:
     """A target, loaded once, and engines that draft for it in several ways."""
 
     def __init__(self, directory: Path, shape: str) -> None:
-        self._shape, self._directory = shape, directory
+        self._directory = directory
         self.files, self.spec = _model(directory / "model", SHAPES[shape])
         self.draft = _draft(directory / "draft", self.spec, self.files.name)
         loader.open_weights = lambda files: RandomWeights(self.spec, torch.device("cuda:0"))  # type: ignore[attr-defined]

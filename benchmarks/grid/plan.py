@@ -64,4 +64,4 @@ def sides_of(model: str, names: Sequence[str] = ()) -> dict[str, Mode]:
 
 def _mode(name: str, written: str, model: str, num_special: int) -> Mode:
     method = "ngram" if name == LOOKUP else "eagle3"
-    return make_mode(written, model, Drafting.of(method, None, None, adaptive=name != "fixed lengths"), num_special)
+    return make_mode(written, model, Drafting(method, adaptive=name != "fixed lengths"), num_special)

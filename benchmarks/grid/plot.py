@@ -6,17 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import matplotlib as mpl
 import typer
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from benchmarks.common.drafting import NONE
 from benchmarks.common.machine import RESULTS
 from benchmarks.grid.plan import DEFAULT, LOOKUP
 from benchmarks.grid.report import of_side, ratio, read, sides_of_all
-
-mpl.use("Agg")
-from matplotlib import pyplot as plt
 
 COLOURS = {1: "#c2410c", 8: "#0f766e", 32: "#1d4ed8"}
 """By requests at a time."""
@@ -52,13 +49,12 @@ def main(
     output: Annotated[Path, typer.Option(help="The picture.")] = RESULTS / "grid.png",
 ) -> None:
     """Draw a panel for each model, of its greedy cells."""
-    figure, panels = plt.subplots(1, len(records), figsize=(5.5 * len(records), 3.6), squeeze=False)
+    figure = Figure(figsize=(5.5 * len(records), 3.6), layout="tight")
+    panels = figure.subplots(1, len(records), squeeze=False)
     for panel, path in zip(panels[0], records, strict=True):
         cells = [cell for cell in read(path) if cell["temperature"] == 0.0]
         draw(panel, cells, cells[0]["model"])
-    figure.tight_layout()
     figure.savefig(output, dpi=130)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import Annotated
 import typer
 
 from benchmarks.prompts.build import shingles, stable_hash
-from benchmarks.prompts.evaluation import evaluation_shingles
+from benchmarks.prompts.sets import evaluation_shingles
 from benchmarks.prompts.sources import CACHE
 
 BROAD_PATH = CACHE / "broad"

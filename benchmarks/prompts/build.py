@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import typer
 
@@ -35,6 +35,7 @@ NEAR_DUPLICATE_SHARE = 0.3
 
 Messages = list[dict[str, str]]
 Split = Literal["eval", "train", "stream"]
+_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,11 @@ def stable_hash(*parts: str) -> int:
 def shuffled(prompts: Iterable[Prompt]) -> list[Prompt]:
     """In an order that has nothing to do with their sources, always the same."""
     return sorted(prompts, key=lambda prompt: hashlib.blake2b(prompt.id.encode()).digest())
+
+
+def in_turn(lists: Iterable[Sequence[_Item]]) -> list[_Item]:
+    """One of each list, again and again, until the longest is used up: a beginning has the sources in equal parts."""
+    return [one for group in zip_longest(*lists) for one in group if one is not None]
 
 
 def split_of(source: Source, item: Item) -> Split:
@@ -105,7 +111,6 @@ def shingles(text: str) -> frozenset[tuple[str, ...]]:
 
 
 def shingles_of(prompts: Iterable[Prompt]) -> set[tuple[str, ...]]:
-    """Those of all their passages."""
     return {shingle for prompt in prompts for shingle in shingles(prompt.passage)}
 
 
@@ -147,32 +152,22 @@ def build_train(evaluation: Sequence[Prompt], sources: Sequence[Source] = SOURCE
     return without_near_duplicates(prompts, evaluation)
 
 
+def training_prompt(id: str, domain: Domain, content: str, passage: str, source: str, licence: str) -> Prompt:
+    """A user's words, for the training split."""
+    return Prompt(id, domain, "train", [{"role": "user", "content": content}], passage, source, licence)
+
+
 def build_extra_train(evaluation: Sequence[Prompt]) -> list[Prompt]:
     """The training prompts of ``benchmarks.prompts.train_extra``, none near any prompt in ``evaluation``."""
     source = next(source for source in SOURCES if source.name == "wordnet-base")
     nouns = [item for item in source.read(fetch(source.package)) if split_of(source, item) == "train"]
+    package = f"{source.package.name} {source.package.version}"
     prompts = [
-        Prompt(
-            id=f"extra-{source.name}/{item.key}",
-            domain="general",
-            split="train",
-            messages=[{"role": "user", "content": content}],
-            passage=item.text,
-            source=f"{source.package.name} {source.package.version}",
-            licence=source.licence,
-        )
+        training_prompt(f"extra-{source.name}/{item.key}", "general", content, item.text, package, source.licence)
         for item, content in train_extra.noun_prompts(nouns)
     ]
     prompts += [
-        Prompt(
-            id=f"extra-python/{item.key}",
-            domain="code",
-            split="train",
-            messages=[{"role": "user", "content": content}],
-            passage=item.text,
-            source=f"Python {platform.python_version()} and packages of this environment",
-            licence="PSF-2.0, BSD-3-Clause, MIT, MPL-2.0",
-        )
+        training_prompt(f"extra-python/{item.key}", "code", content, item.text, *train_extra.PYTHON)
         for item, content in train_extra.code_prompts()
     ]
     known = shingles_of(evaluation)

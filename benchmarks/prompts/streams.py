@@ -6,13 +6,13 @@ the law and medicine among them. Evaluation prompts are for final figures only.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from itertools import chain, zip_longest
+from itertools import chain
 from pathlib import Path
 
-from benchmarks.prompts.build import EVAL_PATH, Prompt, build_train, read, shuffled, write
-from benchmarks.prompts.short import short
+from benchmarks.prompts.build import EVAL_PATH, Prompt, build_train, in_turn, read, shuffled, write
+from benchmarks.prompts.sets import short
 from benchmarks.prompts.sources import CACHE, SOURCES
 from engine.config import ModelConfig
 from engine.models.registry import resolve_model
@@ -34,11 +34,6 @@ def build_stream(evaluation: Sequence[Prompt]) -> list[Prompt]:
             if source.domain == domain and source.package.kind == "pypi" and not source.eval_only
         )
     ]
-
-
-def in_turn(lists: Iterable[list[Prompt]]) -> list[Prompt]:
-    """One of each list, again and again, until the longest is used up: a beginning has the sources in equal parts."""
-    return [prompt for group in zip_longest(*lists) for prompt in group if prompt is not None]
 
 
 def read_stream(path: Path = STREAM_PATH) -> list[Prompt]:

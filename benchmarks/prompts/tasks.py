@@ -15,8 +15,8 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.prompts.build import Prompt, shingles, stable_hash, write
-from benchmarks.prompts.evaluation import evaluation_shingles
+from benchmarks.prompts.build import Prompt, shingles, stable_hash, training_prompt, write
+from benchmarks.prompts.sets import evaluation_shingles
 from benchmarks.prompts.sources import CACHE
 from benchmarks.prompts.text import LEFT_OUT
 
@@ -29,20 +29,15 @@ def t0_prompts(directory: Path) -> Iterator[Prompt]:
     """Of a checkout of yizhongw/self-instruct: all templates' prompts."""
     for path in sorted((directory / "data/finetuning/t0_train_50k/data_per_template").glob("*.jsonl")):
         for number, line in enumerate(path.read_text().splitlines()):
-            yield _prompt(
-                f"t0/{path.stem}/{number}", json.loads(line)["prompt"], "yizhongw/self-instruct", "Apache-2.0"
-            )
+            text, about = json.loads(line)["prompt"], ("yizhongw/self-instruct", "Apache-2.0")
+            yield training_prompt(f"t0/{path.stem}/{number}", "general", text.strip(), text, *about)
 
 
 def gsm8k_prompts(directory: Path) -> Iterator[Prompt]:
     """Of a checkout of openai/grade-school-math: the training questions."""
     for number, line in enumerate((directory / "grade_school_math/data/train.jsonl").read_text().splitlines()):
-        yield _prompt(f"gsm8k/{number}", json.loads(line)["question"], "openai/grade-school-math", "MIT")
-
-
-def _prompt(name: str, text: str, source: str, licence: str) -> Prompt:
-    message = {"role": "user", "content": text.strip()}
-    return Prompt(name, "general", "train", [message], text, source, licence)
+        text, about = json.loads(line)["question"], ("openai/grade-school-math", "MIT")
+        yield training_prompt(f"gsm8k/{number}", "general", text.strip(), text, *about)
 
 
 def usable(prompts: Iterable[Prompt], known: set[tuple[str, ...]]) -> list[Prompt]:

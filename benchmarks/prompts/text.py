@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import html
 import io
-import platform
 import re
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,7 +19,7 @@ import typer
 
 from benchmarks.prompts.build import Prompt, read_eval, shingles, shingles_of, stable_hash, write
 from benchmarks.prompts.sources import CACHE, Domain, Package, debian_data, fetch
-from benchmarks.prompts.train_extra import python_files
+from benchmarks.prompts.train_extra import PYTHON, python_files
 
 TEXT_PATH = CACHE / "text.jsonl"
 PER_DOMAIN = 1600
@@ -97,7 +96,6 @@ def passages(blocks: Iterable[str]) -> Iterator[tuple[str, str]]:
 
 
 def manual_prompts(manual: Manual) -> Iterator[Prompt]:
-    """All passages of a manual."""
     package = manual.package
     with tarfile.open(fileobj=io.BytesIO(debian_data(fetch(package)))) as archive:
         for member in archive:
@@ -111,10 +109,9 @@ def manual_prompts(manual: Manual) -> Iterator[Prompt]:
 
 def code_prompts() -> Iterator[Prompt]:
     """All passages of Python files, cut at empty lines."""
-    source = f"Python {platform.python_version()} and packages of this environment"
     for path, name in python_files():
         blocks = [block for block in re.split(r"\n\n+", path.read_text(errors="replace")) if block.strip()]
-        yield from _prompts("code", name, blocks, source, "PSF-2.0, BSD-3-Clause, MIT, MPL-2.0")
+        yield from _prompts("code", name, blocks, *PYTHON)
 
 
 def _prompts(domain: Domain, name: str, blocks: Sequence[str], source: str, licence: str) -> Iterator[Prompt]:

@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import ast
 import itertools
+import platform
 import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.prompts.sources import Item
+from benchmarks.prompts.sources import SOURCES, Item
 
+_TEMPLATES = {source.name: source.templates for source in SOURCES}
 NOUN_WORDINGS = (
-    "Tell me about {title}: what it is, where one meets it, and why it matters.",
-    "Write a short story in which {title} plays an important part.",
-    "I want to talk about {title} at dinner tonight. Give me five interesting questions with answers.",
-    "Write a friendly letter to a ten-year-old who asked what this is. {text}",
-    "What would be different in the world without {title}? Argue both sides.",
+    *_TEMPLATES["wordnet-base"],
     "Explain {title} in three paragraphs.",
     "Write a poem about {title}.",
     "Give me ten ideas for a blog post about {title}.",
@@ -67,10 +65,7 @@ NOUN_WORDINGS = (
     "Write the rules of a board game that is played with {title} and {other}.",
 )
 CODE_WORDINGS = (
-    "Explain step by step what this code does and what it costs.\n\n```python\n{text}\n```",
-    "Write unit tests with pytest for this function.\n\n```python\n{text}\n```",
-    "Rewrite this in Go, keeping the behaviour.\n\n```python\n{text}\n```",
-    "Review this code: name possible errors and improve it.\n\n```python\n{text}\n```",
+    *_TEMPLATES["networkx"],
     "Write the body of this Python function.\n\n```python\n{head}\n```",
     "Add type hints and a docstring to this code.\n\n```python\n{text}\n```",
     "Write a Python function `{title}` and show how to use it.",
@@ -85,6 +80,8 @@ CODE_WORDINGS = (
     "Find the edge cases of this function and handle them.\n\n```python\n{text}\n```",
 )
 PACKAGES = "sympy click fastapi httpx jinja2 networkx pydantic requests rich starlette structlog typer uvicorn "
+PYTHON = f"Python {platform.python_version()} and packages of this environment", "PSF-2.0, BSD-3-Clause, MIT, MPL-2.0"
+"""Source and licence of the functions."""
 MAX_FUNCTION_WORDS = 160
 
 

@@ -7,19 +7,17 @@ What counts is the ratio of two sides within a round, not the absolute speed of 
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from typing import Annotated, Any
 
 import typer
 import uvloop
 from rich.console import Console
 
-from benchmarks.common.machine import RESULTS, cpu_description, git_commit
-from benchmarks.common.process import LOGS, NoiseMeter, free_port, running, wait_for_quiet
+from benchmarks.common.machine import RESULTS, provenance
+from benchmarks.common.process import NoiseMeter, running, wait_for_quiet
 from benchmarks.prompts.build import Messages, read_eval
 from benchmarks.prompts.sets import evaluation_files, read_sets
 from benchmarks.serve.peers import SIDES, Side
@@ -34,8 +32,6 @@ SANITY_PROMPT, SANITY_ANSWER = "1, 2, 3, 4, 5, 6, 7,", " 8, 9"
 
 @dataclass(frozen=True)
 class Plan:
-    """What one run measures."""
-
     sides: list[str]
     models: list[str]
     levels: list[int]
@@ -71,11 +67,9 @@ class Run:
 
 def measure(side: Side, model: str, levels: list[int], number: int, plan: Plan, console: Console) -> Iterator[Run]:
     """Starts the server once, checks that it talks sense, and measures it at ``levels`` in turn."""
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    launch = side.launch(model, max(levels), port)
     started = time.monotonic()
-    with running(launch, port, LOGS / f"{side.name}-{model}-{number}.log") as server:
+    log = f"{side.name}-{model}-{number}"
+    with running(lambda port: side.launch(model, max(levels), port), log) as (url, server):
         console.print(f"[dim]{side.name} {model}: ready after {time.monotonic() - started:.1f} s[/dim]")
         sanity = _sanity(url, model)
         for level in levels:
@@ -122,13 +116,8 @@ def all_runs(plan: Plan, console: Console) -> Iterator[Run]:
 
 
 def environment(plan: Plan) -> dict[str, Any]:
-    """Machine, versions and settings of every side, for the record."""
-    servers = [SIDES[name] for name in plan.sides if name in SIDES]
-    return {
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": git_commit(),
-        "cpu": cpu_description(),
-        "load_average_at_start": os.getloadavg()[0],
+    servers = [SIDES[name] for name in plan.sides]
+    return provenance() | {
         "versions": {side.name: side.version() for side in servers},
         "settings": {
             side.name: {
@@ -161,8 +150,7 @@ def main(
     )
     console = Console(width=150)
     for peer in plan.sides:
-        if peer in SIDES:
-            SIDES[peer].install()
+        SIDES[peer].install()
     record: dict[str, Any] = {"plan": asdict(plan), "environment": environment(plan), "runs": []}
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"

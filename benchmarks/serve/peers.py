@@ -1,6 +1,6 @@
 """The servers that are compared: EvoSpec and its peers, each installed and started the way it is fastest here.
 
-``python -m benchmarks.serve.peers install`` installs the peers, each in its own place under ``~/.cache/evospec/peers``.
+Peers are installed at need, each in its own place under ``~/.cache/evospec/peers``.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ import sys
 import tarfile
 from pathlib import Path
 from typing import ClassVar, Protocol
-
-import typer
 
 from benchmarks.common.machine import REPOSITORY
 from benchmarks.common.process import Launch
@@ -103,7 +101,6 @@ class LlamaCpp:
         self._drafting = ["--spec-type", "ngram-simple"] if ngram else []
 
     def binary(self, name: str = "llama-server") -> Path:
-        """One of its programs."""
         return self.directory / "build" / "bin" / name
 
     def install(self, name: str = "llama-server") -> None:
@@ -153,8 +150,7 @@ class LlamaCpp:
 class VllmCpu:
     """vLLM's CPU build on a bf16 copy of the GGUF, with its compiled graph, tcmalloc and libiomp as it advises.
 
-    Args:
-        ngram: whether it drafts what followed an earlier repeat of the text's end, with the settings of its own guide.
+    ``ngram``: whether it drafts what followed an earlier repeat of the text's end, with the settings of its own guide.
     """
 
     per_concurrency = False
@@ -224,23 +220,3 @@ SIDES: dict[str, Side] = {
         VllmCpu(ngram=True),
     )
 }
-
-
-app = typer.Typer(help="The servers that are compared.")
-
-
-@app.command()
-def install() -> None:
-    """Installs every peer that is not there yet."""
-    for side in SIDES.values():
-        side.install()
-        print(f"{side.name}: {side.version()}")
-
-
-@app.callback()
-def _commands() -> None:
-    """A callback keeps ``install`` a command of its own."""
-
-
-if __name__ == "__main__":
-    app()

@@ -8,13 +8,10 @@ from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
 
-import matplotlib as mpl
 import typer
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
-
-mpl.use("Agg")
-from matplotlib import pyplot as plt
 
 OURS = "evospec"
 COLOURS = {
@@ -79,7 +76,8 @@ def summary_tables(record: dict[str, Any]) -> Iterator[Table]:
 def plot(record: dict[str, Any], path: Path) -> None:
     """Bars of tok/s by concurrency and side, one panel a model; the whiskers are the least and greatest round."""
     plan = record["plan"]
-    figure, panels = plt.subplots(1, len(plan["models"]), figsize=(6 * len(plan["models"]), 4), squeeze=False)
+    figure = Figure(figsize=(6 * len(plan["models"]), 4), layout="tight")
+    panels = figure.subplots(1, len(plan["models"]), squeeze=False)
     width = 0.8 / len(plan["sides"])
     for panel, model in zip(panels[0], plan["models"], strict=True):
         for index, side in enumerate(plan["sides"]):
@@ -98,9 +96,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
         panel.spines[["top", "right"]].set_visible(False)
         panel.legend(frameon=False)
     figure.suptitle(record["environment"]["cpu"], fontsize=8)
-    figure.tight_layout()
     figure.savefig(path, dpi=130)
-    plt.close(figure)
 
 
 def main(record: Annotated[Path, typer.Argument(help="A JSON file of benchmarks.serve.")]) -> None:

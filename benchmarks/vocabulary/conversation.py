@@ -17,7 +17,7 @@ from benchmarks.common.acceptance import Run
 from benchmarks.common.in_process import Generation
 from benchmarks.common.process import NoiseMeter
 from benchmarks.prompts.build import Prompt
-from benchmarks.prompts.short import DOMAINS, short_prompts
+from benchmarks.prompts.sets import DOMAINS, short_prompts
 from benchmarks.vocabulary.modes import sizes_of
 from benchmarks.vocabulary.sessions import Ask, Labels, answers, make_sides, recorded
 from server.bench.load import percentiles

@@ -10,39 +10,30 @@ from engine.draft_vocab.running_texts import RunningTexts
 from engine.request import Request
 from engine.speculation.drafters.base import Proposer
 from engine.speculation.drafters.lookup import MAX_TEXTS, NgramProposer
-from engine.speculation.length.policy import StopRule
 from engine.step_plan import DraftSlot, ScheduledSequence
+from kernels.native_chain import StopRule
 
 
 class HardSwitch(Proposer):
-    """Either of two proposers for each sequence and step.
-
-    Args:
-        otherwise: drafts for the sequences in which nothing repeats; it sees all steps.
-        texts: of the running sequences.
-    """
+    """Either of two proposers for each sequence and step; ``otherwise`` is for those in which nothing repeats."""
 
     def __init__(self, otherwise: Proposer, texts: RunningTexts) -> None:
         self._otherwise, self._ngrams = otherwise, NgramProposer(texts)
         self.capture_layers, self.stops_early = otherwise.capture_layers, otherwise.stops_early
 
     def propose(self, slots: Sequence[DraftSlot], stop: StopRule | None = None) -> None:
-        """N-grams where there is a match, the draft for the rest."""
         self._ngrams.propose(slots, stop)
         self._otherwise.propose([slot for slot in slots if not slot.request.draft_token_ids], stop)
 
     def num_unread(self, request: Request) -> int:
-        """Those of the draft."""
         return self._otherwise.num_unread(request)
 
     def after_verification(
         self, sequences: Sequence[ScheduledSequence], num_kept: Sequence[int], features: Features | None
     ) -> None:
-        """Arguments as ``Proposer.after_verification``."""
         self._otherwise.after_verification(sequences, num_kept, features)
 
     def forget(self, request: Request) -> None:
-        """A request has ended or was preempted."""
         self._ngrams.forget(request)
         self._otherwise.forget(request)
 

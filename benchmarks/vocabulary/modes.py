@@ -51,14 +51,8 @@ class Mode:
 def make_mode(name: str, model: str, drafting: Drafting, num_special: int) -> Mode:
     """What a name means.
 
-    Args:
-        name: as the module describes.
-        model: the target.
-        drafting: what drafts.
-        num_special: tokens that end or structure a text, the core of ``nanospec``.
-
-    Raises:
-        ValueError: it means nothing.
+    ``num_special``: tokens that end or structure a text, the core of ``nanospec``. Raises ``ValueError`` if it means
+    nothing.
     """
     vocabulary, _, switches = _written_out(name, num_special).partition("/")
     words = [word for word in switches.split(",") if word]

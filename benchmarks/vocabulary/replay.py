@@ -145,7 +145,7 @@ class Replay:
         places = np.flatnonzero(mask[known])[:CANDIDATES]
         token_ids, logits = np.full((1, CANDIDATES), -1, np.int32), np.full((1, CANDIDATES), -np.inf, np.float32)
         token_ids[0, : len(places)], logits[0, : len(places)] = known[places], own[places]
-        if self._vocab is None:
+        if self._vocab is None or not self._vocab.uses_prior:
             return int(token_ids[0, 0])
 
         def logits_of(_rows: NDArray[np.int32], wanted: NDArray[np.int32]) -> torch.Tensor:
@@ -153,10 +153,8 @@ class Replay:
             logits = np.where(found.any(axis=1), own[found.argmax(axis=1)], own[-1])
             return torch.from_numpy(logits.astype(np.float32))
 
-        if not self._vocab.uses_prior:
-            return int(token_ids[0, 0])
         candidates = torch.from_numpy(token_ids), torch.from_numpy(logits)
-        return self._vocab.drafted.choose_with_prior([request], *candidates, logits_of)[0]
+        return self._vocab.choose_with_prior([request], *candidates, logits_of)[0]
 
     def _observe(self, request: Request, kept: list[int], num_drafts: int, likely: NDArray[np.int32]) -> None:
         request.draft_token_ids += [-1] * (num_drafts - len(request.draft_token_ids))
@@ -202,7 +200,7 @@ def main(
     """Prints acceptance lengths as ratios to the reference's, by trial prompts."""
     traces, sizes = recorded(model, prompts, max_tokens, draft), sizes_of(model)
     names = list(dict.fromkeys([reference, *(mode or [f"{FR_SPEC}{sizes.fr_spec}", sizes.ours])]))
-    drafting = Drafting("eagle3" if draft is None else "draft_model", draft, DEPTH, adaptive=False)
+    drafting = Drafting("eagle3" if draft is None else "draft_model", draft, DEPTH)
     modes = [make_mode(name, model, drafting, sizes.num_special) for name in names]
     runs = [run for each in modes for run in runs_of_mode(each, model, traces)]
     Console(width=160).print(table(runs, f"{model}, trial prompts"))

@@ -20,11 +20,10 @@ from benchmarks.vocabulary.hard_switch import switch_hard
 from benchmarks.vocabulary.modes import Mode, make_mode, sizes_of
 from engine.loader import LoadedModel
 from engine.messages import EngineReady, SamplingParams, SessionState
-from engine.process import introduction
 
 CONVERSATION_TOKENS = 600
 """A conversation's prompt leaves its oldest turns out beyond."""
-FIXED = Drafting.of("eagle3", None, None, adaptive=False)
+FIXED = Drafting()
 """The shipped draft, with drafts of always the same length."""
 Labels = Mapping[str, Any]
 
@@ -61,10 +60,9 @@ class SessionSide:
     @property
     def introduction(self) -> EngineReady:
         """The engine's, as a server would get it."""
-        return introduction(self.mode.config, self._engine.core, self.mode.config.model.name, epoch="")
+        return self._engine.core.introduction
 
     def answering(self, ask: Ask, max_tokens: int) -> Iterator[Generation]:
-        """The greedy answer, step by step."""
         sampling = SamplingParams(max_tokens=max_tokens, seed=0, temperature=0.0)
         return self._engine.answering([self._turn(ask)], sampling, 1)
 

@@ -11,20 +11,17 @@ from pathlib import Path
 from statistics import fmean
 from typing import Annotated
 
-import matplotlib as mpl
 import typer
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common.acceptance import Run, length
 from benchmarks.common.machine import RESULTS
 from benchmarks.prompts.build import Prompt
-from benchmarks.prompts.short import short_prompts
+from benchmarks.prompts.sets import short_prompts
 from benchmarks.vocabulary.modes import FULL, PAPER, sizes_of
 from benchmarks.vocabulary.sessions import Ask, Labels, answers, counts, make_sides, recorded
-
-mpl.use("Agg")
-from matplotlib import pyplot as plt
 
 TOPICS = ("law", "medicine", "code")
 """Of a session, one after the other."""
@@ -62,17 +59,12 @@ def shares(runs: Sequence[Run], mode: str) -> dict[int, float]:
 
 
 def settled_after(values: Sequence[float]) -> int:
-    """Requests before the first whose value is near enough to the steady state, which is the mean of the later half.
-
-    Args:
-        values: by request since the switch, at least one.
-    """
+    """Requests before the first whose value is near enough to the steady state, which is the mean of the later half."""
     steady = fmean(values[len(values) // 2 :])
     return next(place for place, value in enumerate(values) if value >= SETTLED_SHARE * steady)
 
 
 def table(runs: Sequence[Run], title: str) -> Table:
-    """A line for each mode and topic."""
     settled = f"requests to {SETTLED_SHARE:.0%} of steady"
     lines = Table("mode", "topic", "acceptance length", "share at first", "steady share", settled, title=title)
     for mode, topic in dict.fromkeys((run["mode"], run["topic"]) for run in runs):
@@ -88,7 +80,8 @@ def table(runs: Sequence[Run], title: str) -> Table:
 
 def plot(runs: Sequence[Run], path: Path) -> None:
     """Lengths, and their shares of the first mode's, over the requests of the session."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(14, 5))
+    figure = Figure(figsize=(14, 5), layout="tight")
+    left, right = figure.subplots(1, 2)
     for mode in dict.fromkeys(run["mode"] for run in runs):
         for panel, values in ((left, lengths(runs, mode)), (right, shares(runs, mode))):
             panel.plot(list(values), list(values.values()), label=mode, marker=".")
@@ -102,9 +95,7 @@ def plot(runs: Sequence[Run], path: Path) -> None:
         panel.legend(frameon=False, fontsize=7)
     left.set(ylabel="acceptance length")
     right.set(ylabel=f"acceptance length / that of {runs[0]['mode']} on the same prompts")
-    figure.tight_layout()
     figure.savefig(path, dpi=130)
-    plt.close(figure)
 
 
 def main(

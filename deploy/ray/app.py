@@ -21,6 +21,7 @@ from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle
 
 from server.errors import ApiError
+from server.processes import wait_until_healthy
 from server.supervisor import SupervisedProcess
 
 _PER_CONNECTION = {b"connection", b"host", b"keep-alive", b"te", b"trailer", b"transfer-encoding", b"upgrade"}
@@ -60,13 +61,14 @@ class Replica:
         port = _free_port()
         program = str(Path(sys.executable).with_name("evospec"))
         command = [program, "serve", *shlex.split(options), "--http.port", str(port)]
+        url = f"http://127.0.0.1:{port}"
         self._http = httpx.AsyncClient(
-            base_url=f"http://127.0.0.1:{port}",
+            base_url=url,
             timeout=httpx.Timeout(None, connect=5),
             limits=httpx.Limits(max_connections=None),
             trust_env=False,
         )
-        self._server = SupervisedProcess("server", command, os.environ, self._until_healthy)
+        self._server = SupervisedProcess("server", command, os.environ, lambda: wait_until_healthy(url))
         await self._server.start()
 
     async def answer(self, method: str, path: str, query: bytes, headers: Headers, body: bytes) -> AsyncIterator[Any]:
@@ -93,15 +95,6 @@ class Replica:
 
     async def __del__(self) -> None:
         await self._server.stop(_STOP_GRACE)
-
-    async def _until_healthy(self) -> None:
-        while True:
-            try:
-                if (await self._http.get("/health")).status_code == 200:
-                    return
-            except httpx.TransportError:
-                pass
-            await asyncio.sleep(0.1)
 
 
 @serve.deployment

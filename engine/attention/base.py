@@ -29,11 +29,9 @@ class AttentionSpec:
 
     @property
     def softmax_scale(self) -> float:
-        """What products of queries and keys are multiplied with."""
         return self.head_dim**-0.5 if self.scale is None else self.scale
 
     def window(self, layer: int) -> int | None:
-        """How many tokens a layer attends to; None: all."""
         return self.windows[layer] if self.windows else None
 
     @property

@@ -7,10 +7,9 @@ checked without one, and how to run the rest: docs/decisions/005-attention-backe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,8 +24,7 @@ _HEAD_DIMS = (64, 128, 256)
 _DTYPES = (torch.float16, torch.bfloat16)
 
 
-@dataclass(frozen=True)
-class PageTable:
+class PageTable(NamedTuple):
     """Block tables in compressed rows: sequence b owns ``indices[indptr[b] : indptr[b + 1]]``.
 
     ``indptr`` [B + 1] and ``last_page_len`` [B] (tokens in the last block) are int32 on the CPU, where wrappers plan;
@@ -50,7 +48,51 @@ def page_table(batch: ForwardBatch, block_size: int) -> PageTable:
     )
 
 
-class FlashInferAttention(AttentionBackend):
+class _PlannedWrappers(AttentionBackend):
+    """Runs in each layer the wrapper that was planned for the layer's window.
+
+    Keys and values are written into ``cache`` [layers, 2, blocks, block_size, kv_heads, head_dim] by their slots, which
+    the batch has anyway.
+    """
+
+    def __init__(self, spec: AttentionSpec, cache: torch.Tensor) -> None:
+        super().__init__(spec)
+        self._cache = cache
+        self._wrappers: dict[int | None, Any] = {}
+        self._slots = torch.empty(0)
+
+    def _of_each_window(self, make: Callable[[], Any]) -> dict[int | None, Any]:
+        """Wrappers by the window of the layers that they run in."""
+        return {window: make() for window in {self.spec.window(layer) for layer in range(self.spec.num_layers)}}
+
+    def _plan(self, batch: ForwardBatch, wrappers: dict[int | None, Any], slots: torch.Tensor, decodes: bool) -> None:
+        """Plan a step. ``slots``: [T] int64; ``decodes``: they are decode wrappers, which want no rows of queries."""
+        self._wrappers, self._slots, spec = wrappers, slots, self.spec
+        queries = [] if decodes else [batch.host.query_start_loc.cpu()]
+        shape = (spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.block_size)
+        arguments = (*queries, *page_table(batch, spec.block_size), *shape)
+        options = {"q_data_type": spec.dtype, "kv_data_type": spec.dtype, "sm_scale": spec.softmax_scale}
+        if not decodes:
+            options["causal"] = True
+        for window, wrapper in wrappers.items():
+            # It counts the tokens before a query, and -1 is all of them.
+            wrapper.plan(*arguments, window_left=-1 if window is None else window - 1, **options)
+
+    def forward(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        wrapper, (keys, values) = self._wrappers[self.spec.window(layer)], self._cache[layer]
+        keys.flatten(0, 1)[self._slots] = k
+        values.flatten(0, 1)[self._slots] = v
+        if sinks is None:
+            output: torch.Tensor = wrapper.run(q.contiguous(), (keys, values))
+            return output
+        output, log_sum = wrapper.run(q.contiguous(), (keys, values), return_lse=True)  # [T, heads], to base 2
+        share = torch.sigmoid(log_sum * math.log(2) - sinks.float())  # of a head's attention that is left for the keys
+        return (output * share[..., None]).to(q.dtype)
+
+
+class FlashInferAttention(_PlannedWrappers):
     """One wrapper for each window that layers have is planned per step, and then runs in all of these layers.
 
     - Every sequence has one token: ``BatchDecodeWithPagedKVCacheWrapper``, on tensor cores because its other kernel
@@ -59,50 +101,31 @@ class FlashInferAttention(AttentionBackend):
       aligned to the end of the context, as ``ForwardBatch`` is. Splitting the batch would add a second plan, and
       gathers and scatters of queries in each layer.
 
-    Keys and values are written with ``slot_mapping``, which the batch has anyway.
-
     Raises:
-        ModelError: flashinfer is not installed, or has no kernel for this shape, dtype or device.
+        ModelError: flashinfer is not installed. What it has no kernel for, ``unsupported_reason`` says before.
     """
 
     def __init__(self, spec: AttentionSpec) -> None:
-        super().__init__(spec)
-        reason = unsupported_reason(spec)
-        if reason is not None:
-            raise ModelError(f"runtime.attention_backend flashinfer cannot be used: {reason}")
-        flashinfer = _import_flashinfer()
         shape = (spec.num_layers, 2, spec.num_blocks, spec.block_size, spec.num_kv_heads, spec.head_dim)
-        self._cache = torch.zeros(shape, dtype=spec.dtype, device=spec.device)
+        super().__init__(spec, torch.zeros(shape, dtype=spec.dtype, device=spec.device))
+        flashinfer = _import_flashinfer()
         # Zeros: the decode wrapper wants them. Shared: it holds what a wrapper computes while it runs.
         self._workspace = torch.zeros(ATTENTION_WORKSPACE, dtype=torch.uint8, device=spec.device)
         # As in the graphs and for decodes; left to choose, it takes another kernel on an H100 (fa3), which shares no
         # keys between the query heads of a group.
         prefill = partial(flashinfer.BatchPrefillWithPagedKVCacheWrapper, self._workspace, _LAYOUT, backend="fa2")
         decode = partial(flashinfer.BatchDecodeWithPagedKVCacheWrapper, self._workspace, _LAYOUT, use_tensor_cores=True)
-        self._prefill, self._decode = _of_each_window(spec, prefill), _of_each_window(spec, decode)
-        self._wrappers = self._decode
-        self._slot_mapping = torch.empty(0)
+        self._prefill, self._decode = self._of_each_window(prefill), self._of_each_window(decode)
 
     def plan(self, batch: ForwardBatch) -> None:
-        self._slot_mapping = batch.slot_mapping.long()
-        if len(batch.token_ids) == len(batch.seq_lens):
-            self._wrappers = self._decode
-            _plan(self._decode, self.spec, batch)
-        else:
-            self._wrappers = self._prefill
-            _plan(self._prefill, self.spec, batch, batch.host.query_start_loc.cpu(), causal=True)
-
-    def forward(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        wrapper = self._wrappers[self.spec.window(layer)]
-        return _attend(wrapper, self._cache[layer], self._slot_mapping, (q, k, v), sinks)
+        decodes = len(batch.token_ids) == len(batch.seq_lens)
+        self._plan(batch, self._decode if decodes else self._prefill, batch.slot_mapping.long(), decodes)
 
     def fixed(self, num_tokens: int, max_blocks: int) -> AttentionBackend:
         return _FixedFlashInfer(self.spec, self._cache, self._workspace, num_tokens, max_blocks)
 
 
-class _FixedFlashInfer(AttentionBackend):
+class _FixedFlashInfer(_PlannedWrappers):
     """Prefill wrappers with buffers of their own, which a CUDA graph reads; see ``AttentionBackend.fixed``.
 
     The first plan tells a wrapper how many query rows there can be, so every plan must have as many. Slots are read
@@ -112,15 +135,12 @@ class _FixedFlashInfer(AttentionBackend):
     def __init__(
         self, spec: AttentionSpec, cache: torch.Tensor, workspace: torch.Tensor, num_tokens: int, max_blocks: int
     ) -> None:
-        super().__init__(spec)
-        self._cache = cache
+        super().__init__(spec, cache)
 
         def buffer(size: int) -> torch.Tensor:
             return torch.zeros(size, dtype=torch.int32, device=spec.device)
 
-        self._slot_mapping = torch.empty(0)
-        self._wrappers = _of_each_window(
-            spec,
+        self._fixed = self._of_each_window(
             lambda: _import_flashinfer().BatchPrefillWithPagedKVCacheWrapper(
                 workspace,
                 _LAYOUT,
@@ -130,18 +150,11 @@ class _FixedFlashInfer(AttentionBackend):
                 paged_kv_indices_buf=buffer(num_tokens * max_blocks),  # sequences may share blocks
                 paged_kv_last_page_len_buf=buffer(num_tokens),
                 backend="fa2",  # the kernel that was read for what it does with sequences of no query
-            ),
+            )
         )
 
     def plan(self, batch: ForwardBatch) -> None:
-        self._slot_mapping = batch.slot_mapping
-        _plan(self._wrappers, self.spec, batch, batch.host.query_start_loc.cpu(), causal=True)
-
-    def forward(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        wrapper = self._wrappers[self.spec.window(layer)]
-        return _attend(wrapper, self._cache[layer], self._slot_mapping, (q, k, v), sinks)
+        self._plan(batch, self._fixed, batch.slot_mapping, decodes=False)
 
 
 def _import_flashinfer() -> Any:
@@ -152,55 +165,14 @@ def _import_flashinfer() -> Any:
     return flashinfer
 
 
-def _of_each_window(spec: AttentionSpec, make: Callable[[], Any]) -> dict[int | None, Any]:
-    """Wrappers by the window of the layers that they run in."""
-    return {window: make() for window in {spec.window(layer) for layer in range(spec.num_layers)}}
-
-
-def _plan(
-    wrappers: Mapping[int | None, Any],
-    spec: AttentionSpec,
-    batch: ForwardBatch,
-    *queries: torch.Tensor,
-    **options: Any,
-) -> None:
-    """Plan a step. All wrappers take the page table, heads, their width, and tokens in a page, after ``queries``."""
-    table = page_table(batch, spec.block_size)
-    shape = (spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.block_size)
-    pages = (table.indptr, table.indices, table.last_page_len)
-    options |= {"q_data_type": spec.dtype, "kv_data_type": spec.dtype, "sm_scale": spec.softmax_scale}
-    for window, wrapper in wrappers.items():
-        # It counts the tokens before a query, and -1 is all of them.
-        wrapper.plan(*queries, *pages, *shape, window_left=-1 if window is None else window - 1, **options)
-
-
-def _attend(
-    wrapper: Any,
-    cache: torch.Tensor,
-    slots: torch.Tensor,
-    qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
-    """Write keys and values, then run what was planned. ``cache``: of one layer; ``slots`` [T] int64."""
-    (q, k, v), (keys, values) = qkv, cache
-    keys.flatten(0, 1)[slots] = k
-    values.flatten(0, 1)[slots] = v
-    if sinks is None:
-        output: torch.Tensor = wrapper.run(q.contiguous(), (keys, values))
-        return output
-    output, log_sum = wrapper.run(q.contiguous(), (keys, values), return_lse=True)  # [T, heads], to base 2
-    share = torch.sigmoid(log_sum * math.log(2) - sinks.float())  # of its attention that a head has left for the keys
-    return (output * share[..., None]).to(q.dtype)
-
-
 def unsupported_reason(spec: AttentionSpec) -> str | None:
     """Why flashinfer has no kernel for this; None where it has."""
     if spec.device.type != "cuda":
-        return f"it needs a CUDA device, not {spec.device.type}"
+        return f"flashinfer needs a CUDA device, not {spec.device.type}"
     if spec.dtype not in _DTYPES:
-        return f"it computes in float16 and bfloat16, not {str(spec.dtype).removeprefix('torch.')}"
+        return f"flashinfer computes in float16 and bfloat16, not {str(spec.dtype).removeprefix('torch.')}"
     if spec.head_dim not in _HEAD_DIMS:
-        return f"head_dim is {spec.head_dim}, and it has kernels for {', '.join(map(str, _HEAD_DIMS))}"
+        return f"head_dim is {spec.head_dim}, and flashinfer has kernels for {', '.join(map(str, _HEAD_DIMS))}"
     if spec.num_heads % spec.num_kv_heads:
         return f"{spec.num_heads} query heads are not a multiple of {spec.num_kv_heads} KV heads"
     return None

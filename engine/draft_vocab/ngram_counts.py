@@ -26,7 +26,7 @@ class NgramCounts:
 
 def strongest(sessions: Sessions, session: int, limits: Sequence[int]) -> list[NgramCounts]:
     """The largest counts of each order: at most ``limits[order - 1]``, in no order, as numbers of occurrences."""
-    unit, unigrams = sessions.unit(session), sessions.unigrams(session)
+    unit, unigrams = sessions.state(session).unit, sessions.unigrams(session)
     least = PRESENCE * unit
     places = _largest(unigrams, limits[0], least)
     pairs, triples = (sessions.table(session, order) for order in (2, 3))

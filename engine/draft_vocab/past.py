@@ -149,13 +149,7 @@ def _keys(domain: str | None) -> list[str | None]:
 
 
 class SessionPast:
-    """Fills the slots of new sessions from what is remembered, and remembers what ended ones have learned.
-
-    Args:
-        options: which parts are on.
-        resources: what there is.
-        sessions: whose slots they are.
-    """
+    """Fills the slots of new sessions from what is remembered, and remembers what ended ones have learned."""
 
     def __init__(self, options: DynamicConfig, resources: Resources, sessions: Sessions) -> None:
         self._prior, self._resources, self._sessions = options.prior, resources, sessions
@@ -231,3 +225,26 @@ class SessionPast:
         self._memory.add(request.tenant, request.domain, said)
         if self._sessions.counts(session).num_lessons:
             self._memory.end_session(request.tenant, request.domain, self._sessions.weights(session).tolist())
+
+
+class TenantTables:
+    """Gives each tenant one of the sessions' tables at first use; when there are no more, the least recently used."""
+
+    def __init__(self, sessions: Sessions) -> None:
+        self._sessions = sessions
+        self._tables: OrderedDict[str, int] = OrderedDict()
+        self._latest: tuple[str, int] | None = None
+
+    def of(self, tenant: str) -> int:
+        """The tenant's; for this step only, as another may get it in a later one."""
+        if self._latest is not None and self._latest[0] == tenant:
+            return self._latest[1]
+        table = self._tables.get(tenant)
+        if table is None:
+            is_new = len(self._tables) < self._sessions.options.num_tenants
+            table = len(self._tables) if is_new else self._tables.popitem(last=False)[1]
+            self._sessions.clear_tenant(table)
+            self._tables[tenant] = table
+        self._tables.move_to_end(tenant)
+        self._latest = tenant, table
+        return table

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from hashlib import blake2b
 from pathlib import Path
 from queue import Empty, Full, Queue
 from typing import Any
@@ -37,53 +37,34 @@ class SemanticIndex:
     def __init__(self, index: Index) -> None:
         self._index = index
 
-    def __len__(self) -> int:
-        return len(self._index)
-
-    def neighbours(self, hidden: NDArray[np.float32], k: int = NEIGHBOURS) -> NDArray[np.int32]:
-        """The tokens with about the largest logits.
-
-        Args:
-            hidden: [N, d], as the head takes it.
-            k: tokens a row.
-
-        Returns:
-            [N, k], best first; -1 where the index has fewer than k.
-        """
-        result = np.full((len(hidden), k), -1, np.int32)
-        if not len(hidden):
-            return result
-        norms = np.linalg.norm(hidden, axis=1, keepdims=True)
-        queries = np.pad(hidden / np.maximum(norms, np.finfo(np.float32).tiny), ((0, 0), (0, 1)))
-        matches = self._index.search(queries, k, threads=1)
-        # One query gives arrays without the batch dimension.
-        keys = np.asarray(matches.keys).astype(np.int64).reshape(len(queries), -1)
-        for row, count in enumerate(np.atleast_1d(getattr(matches, "counts", keys.shape[1]))):
-            result[row, :count] = keys[row, :count]
-        return result
+    def neighbours(self, hidden: NDArray[np.float32], k: int = NEIGHBOURS) -> list[int]:
+        """The ``k`` tokens with about the largest logits of a hidden state [d], best first; all of fewer."""
+        norm = max(np.linalg.norm(hidden), np.finfo(np.float32).tiny)
+        keys: list[int] = self._index.search(np.append(hidden / norm, np.float32(0.0)), k, threads=1).keys.tolist()
+        return keys
 
 
 def open_semantic_index(
-    directory: Path, fingerprint: str, rows: Callable[[], tuple[NDArray[np.int64], NDArray[np.float32]]], threads: int
+    directory: Path, token_ids: NDArray[np.int64], rows: NDArray[np.float32], threads: int
 ) -> SemanticIndex:
-    """The index of a model, memory-mapped from its file; built first if there is none that can be read.
+    """The index of some rows of a head, memory-mapped from its file; built first if there is none that can be read.
 
     Args:
         directory: beside the model; made if need be.
-        fingerprint: of the head's weights and of which rows are indexed, fit for a file name.
-        rows: called if the index must be built, which takes minutes for a large vocabulary: token ids [n], rows [n, d].
+        token_ids: [n].
+        rows: [n, d] of these tokens. For a large vocabulary building takes minutes.
         threads: to build with.
 
     Raises:
         OSError: the directory cannot be written.
     """
+    fingerprint = blake2b(rows.tobytes() + token_ids.tobytes(), digest_size=16).hexdigest()
     path = directory / f"semantic-{fingerprint}.usearch"
     index = _open(path)
     if index is None:
-        token_ids, vectors = rows()
         directory.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-        _build(token_ids, vectors, threads).save(str(unfinished))
+        _build(token_ids, rows, threads).save(str(unfinished))
         unfinished.replace(path)
         index = _open(path)
         if index is None:
@@ -122,11 +103,7 @@ _MAX_WAITING = 256
 
 
 class SemanticSearch:
-    """A thread that searches. A query too many is dropped: neighbours that come late are worth little.
-
-    Args:
-        index: what it searches.
-    """
+    """A thread that searches. A query too many is dropped: neighbours that come late are worth little."""
 
     def __init__(self, index: SemanticIndex) -> None:
         self._index = index
@@ -153,5 +130,4 @@ class SemanticSearch:
     def _run(self) -> None:
         while True:
             state, hidden = self._queries.get()
-            token_ids = self._index.neighbours(hidden[None])[0]
-            self._found.put((state, token_ids[token_ids >= 0].tolist()))
+            self._found.put((state, self._index.neighbours(hidden)))

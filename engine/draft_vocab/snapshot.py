@@ -18,7 +18,6 @@ from kernels.session_options import HALF_LIFE, MAX_WEIGHT, NUM_FEATURES
 
 FORMAT = 2
 MAX_BYTES = 72 * 1024
-MAX_TAIL = MAX_TAIL_TOKENS
 MAX_NGRAMS = (1024, 2048, 2048)
 """Of orders 1, 2, 3. With a full tail these come to 62 KiB."""
 MAX_SAID = 2048
@@ -72,7 +71,13 @@ class SessionSnapshot(msgspec.Struct, frozen=True, array_like=True, forbid_unkno
 
     def ngram_counts(self) -> list[NgramCounts]:
         """For ``ngram_counts.restore``."""
-        return [_unpack(packed, order) for order, packed in enumerate(self.ngrams, start=1)]
+        return [
+            NgramCounts(
+                np.frombuffer(packed.token_ids, _ID).astype(np.int32).reshape(-1, order),
+                np.frombuffer(packed.counts, _COUNT).astype(np.float32),
+            )
+            for order, packed in enumerate(self.ngrams, start=1)
+        ]
 
 
 def make_snapshot(
@@ -84,16 +89,10 @@ def make_snapshot(
     ngrams: Sequence[NgramCounts],
     said: Sequence[int] = (),
 ) -> SessionSnapshot:
-    """Pack a session's state, the strongest of what is more than fits.
+    """Pack a session's state, the strongest of what is more than fits, and the last tokens of ``said``.
 
-    Args:
-        vocabulary: fingerprint, at most ``MAX_FINGERPRINT`` characters of ASCII.
-        num_verified_tokens: generated in the session.
-        num_observed_tokens: counted in the n-grams.
-        weights: [NUM_FEATURES], of the prior.
-        tail: the token most worth keeping first, none twice.
-        ngrams: of orders 1, 2, 3; none twice.
-        said: the last answers, each behind the end of its prompt; the last tokens are kept.
+    Arguments are the fields of ``SessionSnapshot``: a fingerprint has at most ``MAX_FINGERPRINT`` characters of ASCII,
+    no token is in the tail twice, and no n-gram comes twice.
     """
     return SessionSnapshot(
         format=FORMAT,
@@ -101,7 +100,7 @@ def make_snapshot(
         num_verified_tokens=num_verified_tokens,
         num_observed_tokens=num_observed_tokens,
         weights=[min(max(float(weight), 0.0), MAX_WEIGHT) for weight in weights],
-        tail=np.asarray(tail[:MAX_TAIL], _ID).tobytes(),
+        tail=np.asarray(tail[:MAX_TAIL_TOKENS], _ID).tobytes(),
         ngrams=[_pack(counts, limit) for counts, limit in zip(ngrams, MAX_NGRAMS, strict=True)],
         said=np.asarray(said[-MAX_SAID:], _ID).tobytes(),
     )
@@ -137,7 +136,7 @@ def decode(data: bytes, vocabulary: str, vocab_size: int) -> SessionSnapshot:
     _check(0 <= snapshot.num_observed_tokens <= _MAX_TOKENS, "number of observed tokens")
     _check(len(snapshot.weights) == NUM_FEATURES, "number of weights")
     _check(all(0.0 <= weight <= MAX_WEIGHT for weight in snapshot.weights), "weights")  # false for NaN
-    _check_ids(snapshot.tail, 1, MAX_TAIL, vocab_size, "tail")
+    _check_ids(snapshot.tail, 1, MAX_TAIL_TOKENS, vocab_size, "tail")
     _check(len(snapshot.ngrams) == len(MAX_NGRAMS), "orders of n-grams")
     for order, (packed, limit) in enumerate(zip(snapshot.ngrams, MAX_NGRAMS, strict=True), start=1):
         _check_ids(packed.token_ids, order, limit, vocab_size, f"{order}-grams")
@@ -172,11 +171,6 @@ def _pack(ngrams: NgramCounts, limit: int) -> PackedNgrams:
     return PackedNgrams(ngrams.token_ids[order].astype(_ID).tobytes(), counts[order].tobytes())
 
 
-def _unpack(packed: PackedNgrams, order: int) -> NgramCounts:
-    token_ids: NDArray[np.int32] = np.frombuffer(packed.token_ids, _ID).astype(np.int32).reshape(-1, order)
-    return NgramCounts(token_ids, np.frombuffer(packed.counts, _COUNT).astype(np.float32))
-
-
 def merge(a: SessionSnapshot, b: SessionSnapshot, base: SessionSnapshot | None = None) -> SessionSnapshot:
     """Both requests' news on top of what they started from; ``merge(a, b, base) == merge(b, a, base)``.
 
@@ -193,24 +187,17 @@ def merge(a: SessionSnapshot, b: SessionSnapshot, base: SessionSnapshot | None =
     verified = [max(side.num_verified_tokens - base_verified, 0) for side in (a, b)]
     observed = [max(side.num_observed_tokens - base_observed, 0) for side in (a, b)]
     decays = [2.0 ** (-tokens / HALF_LIFE) for tokens in observed]
-    orders = range(len(a.ngrams))
-    base_counts = base.ngram_counts() if base else [_none(order + 1) for order in orders]
+    counts = a.ngram_counts(), b.ngram_counts()
+    of_base = base.ngram_counts() if base else [NgramCounts(one.token_ids[:0], one.counts[:0]) for one in counts[0]]
     return make_snapshot(
         vocabulary=a.vocabulary,
         num_verified_tokens=base_verified + sum(verified),
         num_observed_tokens=base_observed + sum(observed),
         weights=_mean_weights(a.weights, b.weights, verified),
         tail=_merge_tails(a.tail_token_ids(), b.tail_token_ids()),
-        ngrams=[
-            _merge_counts(a.ngram_counts()[order], b.ngram_counts()[order], base_counts[order], decays)
-            for order in orders
-        ],
+        ngrams=[_merge_counts(*of_order, decays) for of_order in zip(*counts, of_base, strict=True)],
         said=max((a, b), key=lambda side: (side.num_verified_tokens, side.said)).said_token_ids(),
     )
-
-
-def _none(order: int) -> NgramCounts:
-    return NgramCounts(np.empty((0, order), np.int32), np.empty(0, np.float32))
 
 
 def _mean_weights(a: Sequence[float], b: Sequence[float], verified: Sequence[int]) -> list[float]:

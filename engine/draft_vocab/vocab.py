@@ -6,7 +6,6 @@ hold is in ``kernels.native_sessions``, which is called for whole batches.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
@@ -16,16 +15,15 @@ from numpy.typing import NDArray
 
 from engine.config import DynamicConfig
 from engine.draft_state import NONE
-from engine.draft_vocab.drafted_tokens import DraftedTokens
-from engine.draft_vocab.past import SessionPast
+from engine.draft_vocab.past import SessionPast, TenantTables
 from engine.draft_vocab.resources import Resources, session_options
 from engine.draft_vocab.running_texts import RunningTexts
 from engine.draft_vocab.step_ends import StepEnds
 from engine.messages import VocabularyCounts
 from engine.request import Request
 from engine.verification import Verification
-from kernels.native_sessions import Sessions, TailWrites
-from kernels.session_library import TokenRows
+from kernels.native_sessions import LogitsOf, Sessions, TailWrites
+from kernels.session_library import DraftStep, TokenRows
 from kernels.topk import topk_rows_on_host
 
 if TYPE_CHECKING:
@@ -50,21 +48,18 @@ class DraftVocab:
     """Gives running sequences a vocabulary each, as long as there is room, and keeps it in step with their text.
 
     One thread calls all methods. A sequence without a vocabulary drafts from the core, without a prior.
-
-    Args:
-        options: which parts are on.
-        resources: what there is.
-        texts: of the running sequences.
     """
 
     def __init__(self, options: DynamicConfig, resources: Resources, texts: RunningTexts) -> None:
         self._options, self._resources, self.texts = options, resources, texts
-        graph = resources.graph if options.graph else None
         of_sessions = session_options(options, resources.slots)
-        self.sessions = Sessions(of_sessions, resources.core, None if graph is None else graph.arrays())
-        self.drafted = DraftedTokens(self.sessions, texts, wants_hidden=resources.semantic is not None)
-        self._free = list(range(options.max_sessions))[::-1]
-        self._tenants = _TenantTables(self.sessions) if of_sessions.num_tenants else None
+        self.sessions = Sessions(of_sessions, resources.core, resources.graph if options.graph else None)
+        self._draft_step = DraftStep((), ())
+        """The rows whose draft tokens were chosen last."""
+        self.num_total = options.max_sessions
+        """Sequences that can have a vocabulary at the same time."""
+        self._free = list(range(self.num_total))[::-1]
+        self._tenants = TenantTables(self.sessions) if of_sessions.num_tenants else None
         self._past = SessionPast(options, resources, self.sessions)
         self._ends = StepEnds()
         self._waiting: list[TailWrites] = []
@@ -78,6 +73,8 @@ class DraftVocab:
         """Whether sequences can have tokens of their own."""
         self.uses_prior = options.prior != "off"
         """Whether sequences have a prior."""
+        self.keeps_hidden = resources.semantic is not None
+        """Whether those that draft write ``DraftState.hidden``."""
 
     def in_core(self, token_id: int) -> bool:
         """Whether all sequences can draft a token."""
@@ -87,11 +84,6 @@ class DraftVocab:
     def num_used(self) -> int:
         """Sequences with a vocabulary."""
         return self.num_total - len(self._free)
-
-    @property
-    def num_total(self) -> int:
-        """Sequences that can have one at the same time."""
-        return self._options.max_sessions
 
     @property
     def num_refused_snapshots(self) -> int:
@@ -125,6 +117,30 @@ class DraftVocab:
         """The tail of each request; of one without a vocabulary, a tail that is always empty."""
         sessions = [request.draft_state.session for request in requests]
         return sessions if min(sessions) != NONE else [self.num_total if one == NONE else one for one in sessions]
+
+    def choose_with_prior(
+        self, requests: Sequence[Request], token_ids: torch.Tensor, logits: torch.Tensor, logits_of: LogitsOf
+    ) -> list[int]:
+        """Add each session's prior to the candidates' logits, in place: the token of each row with the largest sum.
+
+        Tokens that followed a repeat of the text's end become candidates, whatever the draft thinks of them.
+
+        Args:
+            requests: one a row; drafts before this one are in their ``draft_token_ids``, as many in each. Those of a
+                step's later tokens are among those of its first, in the same order.
+            token_ids: [B, C] int32 on the CPU, -1 for none; the weakest make room, in place.
+            logits: [B, C] float32 on the CPU, -inf for none.
+            logits_of: for the tokens that become candidates; where it is NaN, that of the one that made room stays.
+        """
+        drafts, step = [request.draft_token_ids for request in requests], self._draft_step
+        if not drafts[0] or len(step) != len(drafts):
+            states = [request.draft_state for request in requests]
+            sessions, texts = [state.session for state in states], [state.text for state in states]
+            if sessions != step.sessions or texts != step.texts:  # seldom: made anew for other rows only
+                step = self._draft_step = DraftStep(sessions, texts)
+        step.go_on(drafts, token_ids, logits)
+        self.sessions.score(self.texts.texts, step, logits_of)
+        return step.best
 
     def follow(self, verified: Sequence[Verification], top_k: TopK, later: Collection[str] = ()) -> None:
         """Follow a verified step. A sequence for which nothing was drafted is left for later: that is cheaper.
@@ -265,30 +281,3 @@ class DraftVocab:
             writes = writes[len(writes) - 1 - from_end]
         self._waiting.clear()
         self._resources.tails.write(*writes.T)
-
-
-class _TenantTables:
-    """Gives each tenant a table at first use; the least recently used goes to another when there are no more.
-
-    Args:
-        sessions: whose the tables are.
-    """
-
-    def __init__(self, sessions: Sessions) -> None:
-        self._sessions = sessions
-        self._tables: OrderedDict[str, int] = OrderedDict()
-        self._latest: tuple[str, int] | None = None
-
-    def of(self, tenant: str) -> int:
-        """The tenant's; for this step only, as another may get it in a later one."""
-        if self._latest is not None and self._latest[0] == tenant:
-            return self._latest[1]
-        table = self._tables.get(tenant)
-        if table is None:
-            is_new = len(self._tables) < self._sessions.options.num_tenants
-            table = len(self._tables) if is_new else self._tables.popitem(last=False)[1]
-            self._sessions.clear_tenant(table)
-            self._tables[tenant] = table
-        self._tables.move_to_end(tenant)
-        self._latest = tenant, table
-        return table

@@ -131,11 +131,7 @@ class ModelSpec:
     """None: layers have an MLP"""
 
     def __post_init__(self) -> None:
-        sizes = (
-            "vocab_size hidden_size intermediate_size num_layers num_heads num_kv_heads head_dim "
-            "rms_norm_eps max_position_embeddings attention_scale embedding_scale"
-        )
-        for name in sizes.split():
+        for name in ("rms_norm_eps", "max_position_embeddings"):
             if getattr(self, name) <= 0:
                 raise ModelError(f"{name} is {getattr(self, name)}, must be positive")
         if self.num_heads % self.num_kv_heads:
@@ -156,7 +152,6 @@ class ModelSpec:
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """The sliding window of each layer."""
         return tuple(layer.sliding_window for layer in self.layers)
 
     @property

@@ -26,11 +26,11 @@ class ConfigKeys:
             raise ModelError(f"{key} is {value!r:.40}, must be of type {kind.__name__}")
         return kind(value)
 
-    def size(self, key: str, default: int | None = None) -> int:
-        """A number of 1 to ``MAX_SIZE``; ``default`` as for ``number``."""
+    def size(self, key: str, default: int | None = None, most: int = MAX_SIZE) -> int:
+        """A number of 1 to ``most``; ``default`` as for ``number``."""
         value = self.number(key, int, default)
-        if not 0 < value <= MAX_SIZE:
-            raise ModelError(f"{key} is {value}, must be 1 to {MAX_SIZE}")
+        if not 0 < value <= most:
+            raise ModelError(f"{key} is {value}, must be 1 to {most}")
         return value
 
     def optional(self, key: str, kind: type[_Number]) -> _Number | None:
@@ -43,14 +43,12 @@ class ConfigKeys:
         return default if value is None else bool(value)
 
     def text(self, key: str, default: str) -> str:
-        """A string."""
         value = self.values.get(key) or default
         if not isinstance(value, str):
             raise ModelError(f"{key} is {value!r}, must be a string")
         return value
 
     def numbers(self, key: str) -> tuple[float, ...]:
-        """A list of numbers."""
         value = self.values.get(key)
         if not isinstance(value, list) or not all(type(item) in (int, float) and _is_ordinary(item) for item in value):
             raise ModelError(f"{key} is {value!r:.40}, must be a list of numbers")

@@ -12,8 +12,7 @@ from engine.attention.base import AttentionBackend
 from engine.batch import ForwardBatch, ForwardOutput
 from engine.models.config import LayerSpec, ModelSpec, Rope
 from engine.models.mlp import MixtureOfExperts, Mlp
-from engine.models.weight_reader import WeightReader
-from engine.models.weights import WeightSource
+from engine.models.weights import WeightReader, WeightSource
 from engine.tensor_parallel.ranks import Ranks
 from kernels.native import PackedMatrix
 
@@ -35,14 +34,13 @@ class RotaryEmbedding:
         if factors is not None:
             inverse_frequencies = inverse_frequencies / torch.tensor(factors)
         angles = torch.outer(torch.arange(max_positions + beyond, dtype=torch.float32), inverse_frequencies)
-        self.cos = (angles.cos() * rope.scale).to(device)
-        """[max_positions + beyond, rope.dim / 2]"""
-        self.sin = (angles.sin() * rope.scale).to(device)
+        self.cos_sin = (torch.cat((angles.cos(), angles.sin()), dim=1) * rope.scale).to(device)
+        """[max_positions + beyond, rope.dim]: cosines, then sines"""
         self._dim = rope.dim
 
     def __call__(self, heads: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Rotate [T, heads, head_dim] at positions [T]; the same shape and dtype."""
-        cos, sin = self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
+        cos, sin = self.cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
         first, second = heads[..., : self._dim].float().chunk(2, dim=-1)
         rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(heads.dtype)
         return rotated if self._dim == heads.shape[-1] else torch.cat((rotated, heads[..., self._dim :]), dim=-1)
@@ -128,28 +126,25 @@ class DecoderLayer:
 
 @dataclass(frozen=True)
 class TorchDecoder:
-    """A decoder with its embedding and output projection. Inference only: no gradients."""
+    """A decoder with its embedding and output projection; its methods are those of ``engine.loader.CausalLM``.
+
+    Inference only: no gradients. Where there are ``ranks``, each of which has some heads, a part of each MLP, and some
+    rows of embedding and head, they call each method at once, and logits are whole at rank 0 only.
+    """
 
     spec: ModelSpec
     embed_tokens: torch.Tensor
-    """[vocab, hidden]"""
+    """[vocab, hidden], or this rank's rows of it"""
     layers: list[DecoderLayer]
     norm: torch.Tensor
     """[hidden]"""
     lm_head: torch.Tensor
-    """[vocab, hidden]; the embedding itself where the model ties them"""
-
-    @property
-    def weight_bytes(self) -> int:
-        """Memory of all weights."""
-        own = [self.embed_tokens, self.norm, *(() if self.lm_head is self.embed_tokens else (self.lm_head,))]
-        of_layers = [value for layer in self.layers for value in vars(layer).values() if torch.is_tensor(value)]
-        of_mlps = [tensor for layer in self.layers for tensor in layer.mlp.tensors]
-        return sum(tensor.numel() * tensor.element_size() for tensor in (*own, *of_layers, *of_mlps))
+    """[vocab, hidden], or this rank's rows of it; the embedding itself where the model ties them"""
+    weight_bytes: int
+    ranks: Ranks | None
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch, attention: AttentionBackend, capture: Sequence[int] = ()) -> ForwardOutput:
-        """Run all layers; ``capture``: those whose output is wanted as features, in ascending order."""
         attention.plan(batch)
         hidden = self.embed(batch.token_ids)
         captured = []
@@ -162,25 +157,34 @@ class TorchDecoder:
 
     @torch.inference_mode()
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Rows of the embedding, scaled where the family does: [T] → [T, hidden]."""
-        rows = F.embedding(token_ids, self.embed_tokens)
+        rows = self._rows(self.embed_tokens, token_ids)
         return rows if self.spec.embedding_scale == 1 else rows * self.spec.embedding_scale
 
     @torch.inference_mode()
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[L, hidden] → [L, vocab] float32."""
-        return F.linear(hidden, self.lm_head).float()
+        logits = F.linear(hidden, self.lm_head).float()
+        if self.ranks is None:
+            return logits
+        lacking = -(-self.spec.vocab_size // self.ranks.size) - logits.shape[1]
+        return self.ranks.gather(F.pad(logits, (0, lacking)))[:, : self.spec.vocab_size]
 
     def head_slab(self, token_ids: torch.Tensor | None) -> HeadSlab:
-        """``compute_logits`` for these tokens only: a contiguous copy of their rows of the head; None for all."""
         if token_ids is None:
             return HeadSlab(self.compute_logits, 0, self.lm_head)
         rows = self.head_rows(token_ids)
-        return HeadSlab(lambda hidden: F.linear(hidden, rows).float(), rows.numel() * rows.element_size(), rows)
+        return HeadSlab(lambda hidden: F.linear(hidden, rows).float(), rows.nbytes, rows)
 
     def head_rows(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Rows of the output projection: [n] integers → [n, hidden]."""
-        return self.lm_head[token_ids.to(self.lm_head.device)]
+        return self._rows(self.lm_head, token_ids.to(self.lm_head.device))
+
+    def _rows(self, matrix: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+        """[n, hidden]: each rank adds those that it has."""
+        if self.ranks is None:
+            return F.embedding(token_ids, matrix)
+        places = token_ids.long() - self.ranks.share(self.spec.vocab_size).start
+        is_elsewhere = (places < 0) | (places >= len(matrix))
+        rows = F.embedding(places.masked_fill(is_elsewhere, 0), matrix)
+        return self.ranks.sum(rows.masked_fill(is_elsewhere[:, None], 0))
 
 
 def load_model(
@@ -206,6 +210,8 @@ def load_model(
         layers=[_load_layer(weights, spec, index, rotary[index]) for index in range(spec.num_layers)],
         norm=weights.exact("model.norm.weight"),
         lm_head=embed_tokens if spec.tie_word_embeddings else weights.rows("lm_head.weight"),
+        weight_bytes=weights.num_bytes,
+        ranks=ranks,
     )
 
 

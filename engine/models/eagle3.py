@@ -16,6 +16,7 @@ projects have more of their own.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
@@ -122,10 +123,18 @@ def save_draft(draft: Eagle3, directory: Path) -> None:
 def load_draft(directory: Path, dtype: torch.dtype, device: torch.device) -> Eagle3:
     """The draft of a directory, ready to serve; raises ``ModelError`` as ``read_draft`` does."""
     config = read_draft(directory)
-    with torch.device("meta"):
-        draft = Eagle3(config)
     try:
-        draft.load_state_dict(load_file(directory / WEIGHTS_FILE), assign=True)
+        weights = load_file(directory / WEIGHTS_FILE)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{directory}: {error}") from error
+    return frozen_draft(config, weights, dtype, device)
+
+
+def frozen_draft(
+    config: Eagle3Config, weights: Mapping[str, torch.Tensor], dtype: torch.dtype, device: torch.device
+) -> Eagle3:
+    """A draft of these weights, ready to serve."""
+    with torch.device("meta"):
+        draft = Eagle3(config)
+    draft.load_state_dict(weights, assign=True)
     return draft.to(device=device, dtype=dtype).requires_grad_(False)

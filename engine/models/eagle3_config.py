@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Literal
 
 import msgspec
-from safetensors import SafetensorError
 
 from engine.models.config import MAX_SIZE, ModelError, ModelSpec, Rope
 from engine.models.quantization.base import FLOATS
@@ -66,6 +65,16 @@ class Eagle3Config:
     """Whether queries, keys and values have a bias, as the target's own may"""
     variant: Variant = Variant()
 
+    def __post_init__(self) -> None:
+        sizes = "hidden_size num_heads num_kv_heads head_dim intermediate_size vocab_size num_target_layers"
+        for name in sizes.split():
+            if not 0 < getattr(self, name) <= MAX_SIZE:
+                raise ModelError(f"{name} is {getattr(self, name)}, must be 1 to {MAX_SIZE}")
+        if not 0 < len(self.capture_layers) <= self.num_target_layers:
+            raise ModelError(f"{len(self.capture_layers)} capture_layers of {self.num_target_layers} layers")
+        if not 0 < self.rms_norm_eps < 1:
+            raise ModelError(f"rms_norm_eps is {self.rms_norm_eps}")
+
     @property
     def fused_size(self) -> int:
         """Width of the features that are fused, side by side."""
@@ -103,12 +112,12 @@ class Eagle3Config:
 
     def fits(self, spec: ModelSpec) -> bool:
         """Whether the draft was made for a model of this shape."""
-        wanted = Eagle3Config.for_target(spec, self.target, self.capture_layers, self.intermediate_size)
-        wanted = replace(wanted, attention_bias=self.attention_bias, variant=self.variant)
+        sizes = ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size")
+        same_sizes = all(getattr(self, name) == getattr(spec, name) for name in sizes)
         # A GGUF holds the norm's epsilon in float32, a config.json in decimal digits.
-        same_eps = math.isclose(self.rms_norm_eps, wanted.rms_norm_eps, rel_tol=1e-6)
+        same_eps = math.isclose(self.rms_norm_eps, spec.rms_norm_eps, rel_tol=1e-6)
         has_layers = all(0 <= layer < spec.num_layers for layer in self.capture_layers)
-        return replace(self, rms_norm_eps=wanted.rms_norm_eps) == wanted and same_eps and has_layers
+        return same_sizes and same_eps and has_layers and self.num_target_layers == spec.num_layers
 
     def check_target(self, spec: ModelSpec, directory: Path) -> None:
         """Raises ModelError unless the draft was made for a model of this shape."""
@@ -157,11 +166,10 @@ def read_draft(directory: Path) -> Eagle3Config:
     """
     try:
         config = msgspec.json.decode((directory / CONFIG_FILE).read_bytes(), type=Eagle3Config)
-        check_sizes(config)
         if replace(config.variant, qk_norm=False, feature_norms="none") != Variant():
-            raise ValueError("variant: only drafts of other projects have more than norms")
+            raise ModelError("variant: only drafts of other projects have more than norms")
         header = read_header(directory / WEIGHTS_FILE)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, ModelError) as error:
         raise ModelError(f"{directory}: not an EAGLE-3 draft: {error}") from error
     check_tensors(directory, config.tensor_shapes(), header)
     return config
@@ -175,15 +183,3 @@ def check_tensors(directory: Path, wanted: Mapping[str, tuple[int, ...]], header
             raise ModelError(f"{directory}: {name} has the shape {shape}, must be {wanted.get(name)}")
         if dtype not in FLOATS:
             raise ModelError(f"{directory}: {name} is of type {dtype}, must be of {FLOATS}")
-
-
-def check_sizes(config: Eagle3Config) -> None:
-    """Raises ``ValueError`` for numbers that no draft has."""
-    sizes = "hidden_size num_heads num_kv_heads head_dim intermediate_size vocab_size num_target_layers"
-    for name in sizes.split():
-        if not 0 < getattr(config, name) <= MAX_SIZE:
-            raise ValueError(f"{name} is {getattr(config, name)}, must be 1 to {MAX_SIZE}")
-    if not 0 < len(config.capture_layers) <= config.num_target_layers:
-        raise ValueError(f"{len(config.capture_layers)} capture_layers of {config.num_target_layers} layers")
-    if not 0 < config.rms_norm_eps < 1:
-        raise ValueError(f"rms_norm_eps is {config.rms_norm_eps}")

@@ -11,13 +11,11 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from engine.models.config import ModelError, ModelSpec
 from engine.models.config_keys import ConfigKeys
-from engine.models.eagle3_config import CONFIG_FILE, WEIGHTS_FILE, Eagle3Config, Variant, check_sizes, check_tensors
+from engine.models.eagle3_config import CONFIG_FILE, WEIGHTS_FILE, Eagle3Config, Variant, check_tensors
 from engine.models.rope_scaling import read_rope
-from engine.models.safetensors_spec import Header, read_header, read_json
+from engine.models.safetensors_spec import Header, config_file, read_header, read_json
 
 HEAD, EMBEDDING, TARGET_OFFSETS, DRAFTED = "lm_head.weight", "embed_tokens.weight", "d2t", "t2d"
 """Tensors besides those of the network. Token i of the draft's head is the target's i + d2t[i]; t2d [vocab] is true for
@@ -47,15 +45,13 @@ def check_foreign_draft(directory: Path, spec: ModelSpec, capture_layers: Sequen
     """
     files = weight_files(directory)
     if files[0].suffix == ".bin":
-        _read_config(directory, spec, capture_layers)
+        with config_file(directory / CONFIG_FILE) as stored:
+            _read_config(stored, spec, capture_layers)
         return None
     header: Header = {}
     for path in files:
-        try:
-            header |= read_header(path)
-        except (OSError, SafetensorError) as error:
-            raise ModelError(f"{path}: corrupt or truncated: {error}") from error
-    return foreign_config(directory, {plain_name(name): info for name, info in header.items()}, spec, capture_layers)
+        header |= {plain_name(name): info for name, info in read_header(path).items()}
+    return foreign_config(directory, header, spec, capture_layers)
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -108,12 +104,8 @@ def foreign_config(
         ModelError: it is not supported, or made for a model of another shape.
     """
     _refuse_tensors(directory, header)
-    whole, layer, layers = _read_config(directory, spec, capture_layers)
-    try:
-        config = _config(whole, layer, header, spec, layers)
-        check_sizes(config)
-    except (ModelError, ValueError) as error:
-        raise ModelError(f"{directory / CONFIG_FILE}: {error}") from None
+    with config_file(directory / CONFIG_FILE) as stored:
+        config = _config(*_read_config(stored, spec, capture_layers), header, spec)
     _check_header(directory, config, header)
     shares = config.variant.head_size is None or not config.variant.own_embedding
     if shares and config.hidden_size != spec.hidden_size:
@@ -125,22 +117,19 @@ def foreign_config(
 
 
 def _read_config(
-    directory: Path, spec: ModelSpec, capture_layers: Sequence[int] | None
+    stored: Mapping[str, Any], spec: ModelSpec, capture_layers: Sequence[int] | None
 ) -> tuple[ConfigKeys, ConfigKeys, tuple[int, ...]]:
     """A draft's configuration, its layer's, and the target's layers that it takes."""
-    whole = ConfigKeys(read_json(directory / CONFIG_FILE))
-    try:
-        layer = whole.section("transformer_layer_config") if _is_speculators(whole) else whole
-        _refuse(whole, layer)
-        _check_target(whole, layer, spec)
-        layers = _stated_layers(whole, spec.num_layers) if capture_layers is None else tuple(capture_layers)
-        if layers != tuple(sorted(set(layers))) or not all(0 <= number < spec.num_layers for number in layers):
-            raise ModelError(
-                f"takes the outputs of the layers {layers}, which must ascend from 0 to {spec.num_layers - 1}: "
-                "speculation.capture_layers says which"
-            )
-    except ModelError as error:
-        raise ModelError(f"{directory / CONFIG_FILE}: {error}") from None
+    whole = ConfigKeys(stored)
+    layer = whole.section("transformer_layer_config") if _is_speculators(whole) else whole
+    _refuse(whole, layer)
+    _check_target(whole, layer, spec)
+    layers = _stated_layers(whole, spec.num_layers) if capture_layers is None else tuple(capture_layers)
+    if layers != tuple(sorted(set(layers))) or not all(0 <= number < spec.num_layers for number in layers):
+        raise ModelError(
+            f"takes the outputs of the layers {layers}, which must ascend from 0 to {spec.num_layers - 1}: "
+            "speculation.capture_layers says which"
+        )
     return whole, layer, layers
 
 
@@ -187,11 +176,9 @@ def _stated_layers(whole: ConfigKeys, num_layers: int) -> tuple[int, ...]:
 
 
 def _config(
-    whole: ConfigKeys, layer: ConfigKeys, header: Header, spec: ModelSpec, layers: tuple[int, ...]
+    whole: ConfigKeys, layer: ConfigKeys, layers: tuple[int, ...], header: Header, spec: ModelSpec
 ) -> Eagle3Config:
-    hidden, heads = layer.number("hidden_size", int), layer.number("num_attention_heads", int)
-    if hidden <= 0 or heads <= 0:
-        raise ModelError(f"hidden_size is {hidden}, num_attention_heads {heads}: must be positive")
+    hidden, heads = layer.size("hidden_size"), layer.size("num_attention_heads")
     is_qwen3 = layer.text("model_type", "") == "qwen3"
     head_dim = layer.number("head_dim", int, 128 if is_qwen3 else hidden // heads)
     return Eagle3Config(
@@ -216,12 +203,11 @@ def _variant(whole: ConfigKeys, layer: ConfigKeys, header: Header, head_dim: int
 
     scaling = layer.section("rope_parameters", "rope_scaling")
     scaling.refuse("full_attention", "sliding_attention")
-    turning = scaling.number("partial_rotary_factor", float, layer.number("partial_rotary_factor", float, 1.0))
     slides = layer.values.get("layer_types") == ["sliding_attention"]
     head_rows = header.get(HEAD, ((), None))[0]
     return Variant(
         target_hidden_size=whole.optional("target_hidden_size", int),
-        rope=read_rope(layer, scaling, int(head_dim * turning)),
+        rope=read_rope(layer, scaling, head_dim),
         sliding_window=layer.number("sliding_window", int) if slides else None,
         qk_norm=f"{_ATTENTION}q_norm.weight" in header,
         feature_norms="each" if says("fc_norm") else "all" if says("norm_before_fc") else "none",

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from engine.models.config import ModelError, ModelSpec
-from engine.models.eagle3 import Eagle3, load_draft
+from engine.models.eagle3 import Eagle3, frozen_draft, load_draft
 from engine.models.eagle3_config import Eagle3Config
 from engine.models.eagle3_import import (
     DRAFTED,
@@ -59,13 +59,7 @@ def load_weights(
     dtype: torch.dtype,
     device: torch.device,
 ) -> DraftWeights:
-    """The draft of a directory, ready to serve.
-
-    Args:
-        directory: this project's or another's.
-        spec: of the target.
-        capture_layers: as for ``foreign_config``.
-        dtype, device: of the weights.
+    """The draft of a directory, this project's or another's, ready to serve. ``foreign_config`` explains the arguments.
 
     Raises:
         ModelError: a file is damaged, not supported, or does not fit the target.
@@ -77,10 +71,12 @@ def load_weights(
     tensors = _tensors(directory)
     header: Header = {name: (tuple(one.shape), _DTYPES.get(one.dtype)) for name, one in tensors.items()}
     config = foreign_config(directory, header, spec, capture_layers)
+    parts = parts_of(config)
+    state = {name: torch.cat([tensors[part] for part in parts[name]]) for name in config.tensor_shapes()}
     head = None if HEAD not in tensors else _head(directory, config, tensors)
     embedding = tensors.get(EMBEDDING)
     return DraftWeights(
-        _network(config, tensors).to(device=device, dtype=dtype).requires_grad_(False),
+        frozen_draft(config, state, dtype, device),
         None if head is None else DraftRows(head.token_ids, head.rows.to(device=device, dtype=dtype)),
         None if embedding is None else embedding.to(device=device, dtype=dtype),
     )
@@ -89,10 +85,7 @@ def load_weights(
 def without_copies(weights: DraftWeights, vocab_size: int, head_rows: Rows, embed: Rows) -> DraftWeights:
     """The same draft, with the target's head and embedding where its own are exact copies, as they often are.
 
-    Args:
-        weights: of the draft.
-        vocab_size: of the target.
-        head_rows, embed: the target's: token ids [n] int32 → their rows [n, hidden].
+    ``head_rows`` and ``embed`` are the target's: token ids [n] int32 → their rows [n, hidden].
     """
     head, embedding = weights.head, weights.embedding
     if head is not None and len(head.rows) == vocab_size and _are_rows(head.rows, head_rows):
@@ -127,15 +120,6 @@ def _tensors(directory: Path) -> dict[str, torch.Tensor]:
             raise ModelError(f"{path}: must hold tensors by name")
         tensors |= {plain_name(str(name)): one for name, one in stored.items()}
     return tensors
-
-
-def _network(config: Eagle3Config, tensors: Mapping[str, torch.Tensor]) -> Eagle3:
-    with torch.device("meta"):
-        network = Eagle3(config)
-    parts = parts_of(config)
-    state = {name: torch.cat([tensors[part] for part in parts[name]]) for name in config.tensor_shapes()}
-    network.load_state_dict(state, assign=True)
-    return network
 
 
 def _head(directory: Path, config: Eagle3Config, tensors: Mapping[str, torch.Tensor]) -> DraftRows:

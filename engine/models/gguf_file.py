@@ -17,22 +17,10 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
+from gguf.gguf_reader import GGUFReader
 
 from engine.models.config import ModelError
 
-_SCALARS = {
-    GGUFValueType.UINT8: "B",
-    GGUFValueType.INT8: "b",
-    GGUFValueType.UINT16: "H",
-    GGUFValueType.INT16: "h",
-    GGUFValueType.UINT32: "I",
-    GGUFValueType.INT32: "i",
-    GGUFValueType.UINT64: "Q",
-    GGUFValueType.INT64: "q",
-    GGUFValueType.FLOAT32: "f",
-    GGUFValueType.FLOAT64: "d",
-    GGUFValueType.BOOL: "?",
-}
 _LENGTH = struct.Struct("<Q")
 _MAX_DIMS = 4
 _T = TypeVar("_T", int, float, bool, str)
@@ -135,25 +123,19 @@ class GGUFFile:
         return strings
 
     def _value(self, kind: GGUFValueType) -> Any:
-        if kind == GGUFValueType.STRING:
-            return self._string()
-        if kind == GGUFValueType.ARRAY:
-            return self._array()
-        return self._scalar(_SCALARS[kind])
-
-    def _array(self) -> list[Any]:
-        kind = GGUFValueType(self._scalar("I"))
-        count = self._scalar("Q")
-        if kind == GGUFValueType.STRING:
-            return self._strings(count)
+        if kind != GGUFValueType.ARRAY:
+            return self._values(kind, 1)[0]
+        kind, count = GGUFValueType(self._scalar("I")), self._scalar("Q")
         if kind == GGUFValueType.ARRAY:
             raise ValueError("nested arrays are not supported")
-        size = count * struct.calcsize("<" + _SCALARS[kind])
-        if self._offset + size > len(self._map):
-            raise ValueError(f"an array of {count} values runs past the end of the file")
-        values = list(struct.unpack_from(f"<{count}{_SCALARS[kind]}", self._map, self._offset))
-        self._offset += size
-        return values
+        return self._values(kind, count)
+
+    def _values(self, kind: GGUFValueType, count: int) -> list[Any]:
+        if kind == GGUFValueType.STRING:
+            return self._strings(count)
+        values = np.frombuffer(self._map, GGUFReader.gguf_scalar_to_np[kind], count, self._offset)
+        self._offset += values.nbytes
+        return list(values.tolist())
 
     def _tensor_info(self) -> tuple[str, GGMLQuantizationType, tuple[int, ...], int]:
         name = self._string()

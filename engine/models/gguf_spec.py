@@ -11,7 +11,7 @@ from gguf.tensor_mapping import get_tensor_name_map
 from engine.models.config import ModelError, ModelSpec
 from engine.models.config_keys import ConfigKeys
 from engine.models.families.base import FULL, SLIDING, Family
-from engine.models.families.known import family_of, family_of_gguf, spec_from_config
+from engine.models.families.known import BY_GGUF_ARCHITECTURE, family_of, spec_from_config
 from engine.models.gguf_file import GGUFFile
 from engine.models.stored_tensors import stored_shapes
 
@@ -26,12 +26,13 @@ _HARMONY_END_TOKENS = _END_TOKENS - {"<|end|>"} | {"<|return|>", "<|call|>"}
 _NONE_SAYS_NONE = {"sliding_window", "bos_token_id"}
 """What there is not where a GGUF file does not say it, whatever the family has by default."""
 _FACTORS, _SHORT_FACTORS, _LONG_FACTORS = (f"rope_{kind}.weight" for kind in ("freqs", "factors_short", "factors_long"))
-_ARCHITECTURES = {name: architecture for architecture, name in MODEL_ARCH_NAMES.items()}
+_ARCHITECTURES: dict[str | None, MODEL_ARCH] = {name: one for one, name in MODEL_ARCH_NAMES.items()}
 
 
 def gguf_tensor_names(spec: ModelSpec) -> dict[str, str]:
     """How a GGUF file calls its tensors, by their Hugging Face names, which end in .weight or .bias."""
-    names = get_tensor_name_map(_architecture(family_of(spec.architecture)), spec.num_layers)
+    architecture = _ARCHITECTURES[family_of(spec.architecture).gguf_architecture]
+    names = get_tensor_name_map(architecture, spec.num_layers)
     return {name: names.get_name(name, try_suffixes=(".weight", ".bias")) or name for name in stored_shapes(spec, True)}
 
 
@@ -42,7 +43,7 @@ def spec_from_gguf(file: GGUFFile) -> ModelSpec:
         ModelError: unsupported architecture, feature or tensor type; missing or ill-shaped tensor.
     """
     try:
-        family = family_of_gguf(file.get("general.architecture", str))
+        family = family_of(file.get("general.architecture", str), BY_GGUF_ARCHITECTURE)
         spec = spec_from_config(_config(file, family), {})
         if spec.experts is None and (file.get(f"{family.gguf_architecture}.expert_count", int) or 0) > 0:
             raise ModelError(f"mixtures of experts are not supported with architecture {family.gguf_architecture!r}")
@@ -50,11 +51,6 @@ def spec_from_gguf(file: GGUFFile) -> ModelSpec:
     except ModelError as error:
         raise ModelError(f"{file.path}: {error}") from None
     return spec
-
-
-def _architecture(family: Family) -> MODEL_ARCH:
-    assert family.gguf_architecture is not None
-    return _ARCHITECTURES[family.gguf_architecture]
 
 
 def _end_of_generation_ids(file: GGUFFile) -> list[int]:
@@ -165,8 +161,6 @@ def _floats(file: GGUFFile, name: str) -> list[float]:
 
 
 def _check_tensors(file: GGUFFile, spec: ModelSpec) -> None:
-    if spec.num_layers > len(file.tensors):
-        raise ModelError(f"{spec.num_layers} layers, but only {len(file.tensors)} tensors")
     names = gguf_tensor_names(spec)
     expected = {names[name]: shape for name, shape in stored_shapes(spec, stacks_experts=True).items()}
     for name, shape in expected.items():

@@ -26,12 +26,6 @@ class Mlp:
     gate_up_bias: torch.Tensor | None = None
     down_bias: torch.Tensor | None = None
 
-    @property
-    def tensors(self) -> list[torch.Tensor]:
-        """All weights."""
-        biases = [bias for bias in (self.gate_up_bias, self.down_bias) if bias is not None]
-        return [self.gate_up_proj, self.down_proj, *biases]
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, hidden] → [T, hidden]."""
         gate, up = F.linear(x, self.gate_up_proj, self.gate_up_bias).chunk(2, dim=-1)
@@ -62,12 +56,6 @@ class MixtureOfExperts:
     """Whether the weights of a token's experts are made to sum to one"""
     router_bias: torch.Tensor | None = None
     """[experts] float32"""
-
-    @property
-    def tensors(self) -> list[torch.Tensor]:
-        """All weights."""
-        router = [self.router, *([] if self.router_bias is None else [self.router_bias])]
-        return [*router, *(tensor for expert in self.experts for tensor in expert.tensors)]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, hidden] → [T, hidden]."""

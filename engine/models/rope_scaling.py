@@ -30,20 +30,22 @@ class _Context:
 
 
 def read_rope(
-    config: ConfigKeys, scaling: ConfigKeys, dim: int, default_theta: float = 10000.0, theta_key: str = "rope_theta"
+    config: ConfigKeys, scaling: ConfigKeys, head_dim: int, default_theta: float = 10_000, theta_key: str = "rope_theta"
 ) -> Rope:
     """The rotary embedding that a configuration describes.
 
     Args:
         config: of the whole model.
         scaling: its section about the embedding, maybe empty.
-        dim: dimensions of a head that turn.
+        head_dim: width of a head, of which all turns or a share.
         default_theta: the family's base.
         theta_key: what ``config`` calls the base, where ``scaling`` does not have it.
 
     Raises:
         ModelError: a scaling that is not supported, or numbers that make no sense.
     """
+    share = scaling.number("partial_rotary_factor", float, config.number("partial_rotary_factor", float, 1.0))
+    dim = int(round(head_dim * share, 3))  # of a GGUF file, which has their number, it may be just short of that
     if dim > MAX_SIZE:
         raise ModelError(f"rope: {dim} dimensions turn, must be at most {MAX_SIZE}")
     theta = scaling.number("rope_theta", float, config.number(theta_key, float, default_theta))

@@ -25,33 +25,27 @@ Header = dict[str, tuple[tuple[int, ...], str | None]]
 
 
 def spec_from_directory(directory: Path) -> ModelSpec:
-    """``read_spec``, and a check that every tensor the model needs is there, in shape and whole.
+    """The ``ModelSpec`` of a directory, and a check that every tensor the model needs is there, in shape and whole.
 
     Raises:
         ModelError: unsupported architecture or feature; missing, corrupt or truncated file or tensor.
     """
-    spec = read_spec(directory)
-    _check_tensors(directory, spec, read_quantization(directory))
+    spec, quantization = read_config(directory)
+    _check_tensors(directory, spec, quantization)
     return spec
 
 
-def read_spec(directory: Path) -> ModelSpec:
+def read_config(directory: Path) -> tuple[ModelSpec, Quantization | None]:
     """What ``config.json`` and ``generation_config.json`` (if there is one) say, or ``ModelError``."""
     generation = directory / "generation_config.json"
-    with _config_of(directory) as config:
-        return spec_from_config(config, read_json(generation) if generation.exists() else {})
-
-
-def read_quantization(directory: Path) -> Quantization | None:
-    """How ``config.json`` says that weights are quantised; None: they are not. ``ModelError`` if not supported."""
-    with _config_of(directory) as config:
-        return quantization_of(config)
+    with config_file(directory / "config.json") as config:
+        spec = spec_from_config(config, read_json(generation) if generation.exists() else {})
+        return spec, quantization_of(config)
 
 
 @contextmanager
-def _config_of(directory: Path) -> Iterator[dict[str, Any]]:
-    """``config.json``, which is named in a ``ModelError`` about it."""
-    path = directory / "config.json"
+def config_file(path: Path) -> Iterator[dict[str, Any]]:
+    """A JSON object from a file, which is named in a ``ModelError`` about it."""
     config = read_json(path)
     try:
         yield config
@@ -104,27 +98,21 @@ def plain_name(stored: str, family: Family) -> str:
     return name
 
 
-def shape_of_floats(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Of a tensor of this shape that is not quantised: several matrices [rows, columns] have columns first."""
-    return shape if len(shape) < 3 else (shape[0], shape[2], shape[1])
-
-
 def read_header(path: Path) -> Header:
-    """Shape and type of each tensor of a safetensors file; raises ``SafetensorError`` or ``OSError``."""
-    with safe_open(path, framework="np") as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+    """Shape and type of each tensor of a safetensors file, or ``ModelError``."""
+    try:
+        with safe_open(path, framework="np") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path}: corrupt or truncated: {error}") from error
 
 
 def _check_tensors(directory: Path, spec: ModelSpec, quantization: Quantization | None) -> None:
     stored: dict[str, tuple[Path, tuple[int, ...], str | None]] = {}
     family = family_of(spec.architecture)
     for path in weight_files(directory):
-        try:
-            header = read_header(path)
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{path}: corrupt or truncated: {error}") from error
-        stored |= {plain_name(name, family): (path, shape, dtype) for name, (shape, dtype) in header.items()}
+        stored |= {plain_name(name, family): (path, *info) for name, info in read_header(path).items()}
     for name, (types, wanted) in sorted(_wanted(spec, quantization, stored).items()):
         if name not in stored:
             raise ModelError(f"{directory}: tensor {name!r} is missing")
@@ -141,7 +129,8 @@ def _wanted(spec: ModelSpec, quantization: Quantization | None, stored: Containe
     for name, shape in stored_shapes(spec, stacks_experts=False).items():
         module = None if quantization is None else quantization.module_of(name, shape, stored)
         if quantization is None or module is None:
-            wanted[name] = Part(FLOATS, shape_of_floats(shape))
+            # Several matrices that are not quantised have columns first.
+            wanted[name] = Part(FLOATS, shape if len(shape) < 3 else (shape[0], shape[2], shape[1]))
         else:
             *outer, n, k = shape
             for part, (types, each) in quantization.parts(n, k).items():

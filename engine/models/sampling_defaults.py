@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 from msgspec import Meta
@@ -50,22 +49,15 @@ def sampling_defaults(files: ModelFiles) -> SamplingDefaults:
     Raises:
         ModelError: a recommendation that nothing can be sampled with.
     """
-    recommended = _of_gguf(files) if files.format == "gguf" else _of_directory(files)
-    given = {name: value for name, value in recommended.items() if value is not None}
+    recommended, keys = {}, {name: name for name in SamplingDefaults.__struct_fields__}
+    if files.format == "gguf":
+        recommended, keys = GGUFFile(files.path).metadata, _GGUF_KEYS
+    elif (path := files.path / "generation_config.json").exists():
+        recommended = read_json(path)
+    given = {name: recommended[key] for name, key in keys.items() if recommended.get(key) is not None}
     if not given and files.name in _OF_REGISTRY:
         return _OF_REGISTRY[files.name]
     try:
         return msgspec.convert(given, SamplingDefaults)
     except msgspec.ValidationError as error:
         raise ModelError(f"{files.path}: the sampling parameters that the model recommends: {error}") from error
-
-
-def _of_directory(files: ModelFiles) -> Mapping[str, Any]:
-    path = files.path / "generation_config.json"
-    config = read_json(path) if path.exists() else {}
-    return {name: config.get(name) for name in SamplingDefaults.__struct_fields__}
-
-
-def _of_gguf(files: ModelFiles) -> Mapping[str, Any]:
-    metadata = GGUFFile(files.path).metadata
-    return {name: metadata.get(key) for name, key in _GGUF_KEYS.items()}

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -21,27 +22,29 @@ from engine.models.families.known import family_of
 from engine.models.gguf_file import GGUFFile, GGUFTensor
 from engine.models.gguf_spec import gguf_tensor_names, spec_from_gguf
 from engine.models.quantization.base import Matrix
-from engine.models.safetensors_spec import plain_name, read_header, read_quantization, read_spec, weight_files
+from engine.models.safetensors_spec import plain_name, read_config, read_header, weight_files
 from engine.models.stored_tensors import StoredRows, stored_rows
+from engine.tensor_parallel.ranks import Ranks
 
 Rows = slice | npt.NDArray[np.int64]
 ALL = slice(None)
 _FLOAT_TYPES = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
 _MAPPED_BYTES = 2**24
 """Of safetensors files that may stay in memory when they were read"""
+_VALUES_AT_ONCE = 2**18
+"""Of a matrix, when a ``WeightReader`` reads it"""
 
 
 @dataclass(frozen=True)
 class QuantizedTensor:
     """A matrix in the blocks of GGUF, as they are stored, or made of what other files store.
 
-    ``blocks`` reads some rows: uint8 [rows, bytes per row]; ``shape`` is (rows, columns) in weights. Rows follow the
-    Hugging Face order (rotary halves, not interleaved).
+    ``blocks`` reads some rows: uint8 [rows, bytes per row]. Rows follow the Hugging Face order (rotary halves, not
+    interleaved).
     """
 
     blocks: Callable[[Rows], npt.NDArray[np.uint8]]
     type: GGMLQuantizationType
-    shape: tuple[int, ...]
 
 
 class WeightSource(ABC):
@@ -79,7 +82,7 @@ class _GGUFWeights(WeightSource):
 
     def quantized(self, name: str) -> QuantizedTensor | None:
         kind = self._tensor(name).type
-        return None if kind in _FLOAT_TYPES else QuantizedTensor(partial(self._blocks, name), kind, self._shapes[name])
+        return None if kind in _FLOAT_TYPES else QuantizedTensor(partial(self._blocks, name), kind)
 
     def _tensor(self, name: str) -> GGUFTensor:
         if name not in self._places:
@@ -113,10 +116,9 @@ class _SafetensorsWeights(WeightSource):
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        spec = read_spec(directory)
+        spec, self._quantization = read_config(directory)
         family = family_of(spec.architecture)
-        self._quantization = read_quantization(directory)
-        self._places, self._shapes = stored_rows(spec, stacks_experts=False), spec.tensor_shapes()
+        self._places = stored_rows(spec, stacks_experts=False)
         self._norm_offset = family.norm_offset
         headers = {path: read_header(path) for path in weight_files(directory)}
         self._stored = {plain_name(name, family): (path, name) for path, header in headers.items() for name in header}
@@ -143,7 +145,7 @@ class _SafetensorsWeights(WeightSource):
         def blocks(rows: Rows) -> npt.NDArray[np.uint8]:
             return matrix.blocks(place.part(rows)) if isinstance(rows, slice) else matrix.blocks(place.part(ALL))[rows]
 
-        return QuantizedTensor(blocks, kind, self._shapes[name])
+        return QuantizedTensor(blocks, kind)
 
     def _matrix(self, name: str) -> Matrix | None:
         """What the tensor is some rows of; None where it is stored as floating-point numbers."""
@@ -169,8 +171,6 @@ class _SafetensorsWeights(WeightSource):
 
         A file is closed, and opened again, when much of it was read.
         """
-        if name not in self._stored:
-            raise ModelError(f"{self._directory}: no tensor {name!r}")
         path, stored_name = self._stored[name]
         if self._num_mapped > _MAPPED_BYTES:
             self._open, self._num_mapped = {}, 0
@@ -190,3 +190,64 @@ class _SafetensorsWeights(WeightSource):
         if name not in self._places:
             raise ModelError(f"{self._directory}: no tensor {name!r}")
         return self._places[name]
+
+
+@dataclass
+class WeightReader:
+    """Reads weights in the dtype, and onto the device, in which plain PyTorch computes with them.
+
+    With ``ranks`` they are this rank's share of them.
+    """
+
+    source: WeightSource
+    shapes: dict[str, tuple[int, ...]]
+    dtype: torch.dtype
+    device: torch.device
+    ranks: Ranks | None
+    num_bytes: int = 0
+    """Of what was read"""
+
+    def rows(self, *names: str) -> torch.Tensor:
+        """This rank's rows of some weights, one below the other."""
+        shares = [self._share(self.shapes[name][0]) for name in names]
+        heights = [len(share) for share in shares]
+        whole = torch.empty(sum(heights), *self.shapes[names[0]][1:], dtype=self.dtype, device=self.device)
+        for part, name, share in zip(torch.split(whole, heights), names, shares, strict=True):
+            self._fill(part, name, share)
+        return whole
+
+    def columns(self, name: str) -> torch.Tensor:
+        """This rank's columns of a weight."""
+        height, width = self.shapes[name]
+        columns = self._share(width)
+        whole = torch.empty(height, len(columns), dtype=self.dtype, device=self.device)
+        self._fill(whole, name, range(height), columns)
+        return whole
+
+    def _share(self, length: int) -> range:
+        return range(length)[slice(None) if self.ranks is None else self.ranks.share(length)]
+
+    def _fill(self, out: torch.Tensor, name: str, rows: range, columns: range | None = None) -> None:
+        """A few rows at a time, so that the model is nowhere in float32."""
+        self.num_bytes += out.nbytes
+        height = max(_VALUES_AT_ONCE // prod(self.shapes[name][1:]), 1)
+        for first in range(0, len(rows), height):
+            part = rows[first : first + height]
+            values = self.source.dequantized(name, slice(part.start, part.stop))
+            out[first : first + len(part)] = values if columns is None else values[:, columns.start : columns.stop]
+
+    def exact(self, name: str) -> torch.Tensor:
+        """A whole weight in float32."""
+        weight = self.source.dequantized(name)
+        self.num_bytes += weight.nbytes
+        return weight.to(self.device)
+
+    def bias(self, *modules: str) -> torch.Tensor | None:
+        """This rank's rows of these modules' biases, one below the other; None where they have none."""
+        names = [module + ".bias" for module in modules]
+        return self.rows(*names) if names[0] in self.shapes else None
+
+    def bias_of_sum(self, module: str) -> torch.Tensor | None:
+        """Of a module whose results all ranks sum: only the first has it. None where there is none."""
+        name, is_first = module + ".bias", self.ranks is None or self.ranks.rank == 0
+        return self.exact(name).to(self.dtype) if is_first and name in self.shapes else None

@@ -24,18 +24,15 @@ WORKER_FIELD = b""
 KeyScope = Literal["tenant", "tenant+domain", "global"]
 Stage = Literal["adapting", "growing", "serving"]
 """Of a key: an adapter of a draft that there is, a whole draft that does not pay yet, or one that drafts."""
-GLOBAL_KEY = "*"
 MAX_KEY_BYTES = 128
 """Longest adapter key, in UTF-8."""
 
 
 def commands_key(stream: str) -> str:
-    """Key of the commands."""
     return f"{stream}:commands"
 
 
 def status_key(stream: str) -> str:
-    """Key of the state."""
     return f"{stream}:status"
 
 
@@ -51,7 +48,7 @@ def adapter_key(scope: KeyScope, tenant: str, domain: str | None) -> str:
     what would be too long ends in a hash.
     """
     if scope == "global":
-        return GLOBAL_KEY
+        return "*"
     key = quote(tenant, safe="")
     if scope == "tenant+domain" and domain:
         key += "/" + quote(domain, safe="")

@@ -16,7 +16,6 @@ from __future__ import annotations
 import mmap
 import struct
 import time
-import zlib
 from itertools import pairwise
 from pathlib import Path
 
@@ -26,18 +25,17 @@ from engine.online.shared_file import SharedFile, SharedMemoryError
 
 _MAGIC = b"EVOSPFR1"
 _HEADER = struct.Struct("<8sII")
-_CRC = struct.Struct("<I")
 _GENERATIONS_OFFSET = 64
 _ROWS_DTYPE = torch.bfloat16
 
 
 class _Ring:
-    """The header of a ring's file, and where its arrays are."""
+    """The header of a ring's file, and where its arrays are; each method raises ``SharedMemoryError``."""
 
     def __init__(self, file: SharedFile) -> None:
         self.file = file
-        self._header = self._read_header()
-        magic, capacity, width = _HEADER.unpack_from(self._header)
+        self._header = file.read_header(_HEADER.size)
+        magic, capacity, width = _HEADER.unpack(self._header)
         self.capacity: int = capacity
         self.width: int = width
         if magic != _MAGIC or not capacity or not width or file.size != _size(capacity, width):
@@ -46,45 +44,35 @@ class _Ring:
     def is_sound(self) -> bool:
         """Whether header and size are what they were at first."""
         try:
-            return self._read_header() == self._header and self.file.size == _size(self.capacity, self.width)
+            is_same = self.file.read_header(_HEADER.size) == self._header
+            return is_same and self.file.size == _size(self.capacity, self.width)
         except SharedMemoryError:
             return False
 
-    def _read_header(self) -> bytes:
-        header = self.file.read(0, _HEADER.size + _CRC.size)
-        if _CRC.pack(zlib.crc32(header[: _HEADER.size])) != header[_HEADER.size :]:
-            raise SharedMemoryError(f"{self.file.path}: the header is damaged")
-        return header
-
     def generations(self, slot: int, count: int) -> torch.Tensor:
-        """The generations int64 [count] of the rows from ``slot`` on; raises ``SharedMemoryError``."""
+        """The generations int64 [count] of the rows from ``slot`` on."""
         generations = torch.empty(count, dtype=torch.int64)
         self.file.read_into(_GENERATIONS_OFFSET + 8 * slot, _bytes(generations))
         return generations
 
     def set_generations(self, slot: int, count: int, value: int) -> None:
-        """Give ``count`` rows from ``slot`` on the same generation; raises ``SharedMemoryError``."""
+        """Give ``count`` rows from ``slot`` on the same generation."""
         self.file.write(_GENERATIONS_OFFSET + 8 * slot, struct.pack("<q", value) * count)
 
     def read_rows(self, slot: int, rows: torch.Tensor) -> None:
-        """Fill ``rows``, bfloat16 [n, width], from ``slot`` on; raises ``SharedMemoryError``."""
+        """Fill ``rows``, bfloat16 [n, width], from ``slot`` on."""
         self.file.read_into(_rows_offset(self.capacity) + 2 * slot * self.width, _bytes(rows))
 
     def write_rows(self, slot: int, rows: torch.Tensor) -> None:
-        """Copy ``rows`` [n, width] to the places from ``slot`` on; raises ``SharedMemoryError``."""
+        """Copy ``rows``, bfloat16 [n, width], to the places from ``slot`` on."""
         self.file.write(_rows_offset(self.capacity) + 2 * slot * self.width, _bytes(rows))
 
 
 class FeatureRing:
-    """The engine's end of the ring, the only one that writes.
+    """The engine's end of a ring of ``capacity`` rows, the only one that writes.
 
     A new ring takes the place of one that an engine before left: its generations are greater than that one's, so
     references to lost rows stay invalid.
-
-    Args:
-        path: of the shared file.
-        capacity: number of rows.
-        width: values a row.
 
     Raises:
         SharedMemoryError: there is no room, or the path cannot be written.
@@ -92,8 +80,7 @@ class FeatureRing:
 
     def __init__(self, path: Path, capacity: int, width: int) -> None:
         file = SharedFile.create(path, _size(capacity, width))
-        header = _HEADER.pack(_MAGIC, capacity, width)
-        file.write(0, header + _CRC.pack(zlib.crc32(header)))
+        file.write_header(_HEADER.pack(_MAGIC, capacity, width))
         self._ring = _Ring(file)
         self._ring.set_generations(0, capacity, -1)  # a generation that nobody can ask for
         self._next = 0
@@ -101,16 +88,9 @@ class FeatureRing:
         self._generation = time.time_ns() // 1000
         file.install()
 
-    @property
-    def capacity(self) -> int:
-        return self._ring.capacity
-
     @torch.inference_mode()
     def write(self, rows: torch.Tensor) -> tuple[int, int]:
-        """Store a block of rows, over the oldest ones.
-
-        Args:
-            rows: [n, width] with n <= capacity, of any dtype and device.
+        """Store a block of rows [n, width], n <= capacity, of any dtype and device, over the oldest ones.
 
         Returns:
             slot of the first row, and the generation of all; row i is in slot + i. A block never wraps: where it
@@ -119,9 +99,10 @@ class FeatureRing:
         Raises:
             SharedMemoryError: somebody truncated the file, and there is no room to write it again.
         """
-        if len(rows) > self.capacity:
-            raise ValueError(f"{len(rows)} rows do not fit into {self.capacity}")
-        if self._next + len(rows) > self.capacity:
+        capacity = self._ring.capacity
+        if len(rows) > capacity:
+            raise ValueError(f"{len(rows)} rows do not fit into {capacity}")
+        if self._next + len(rows) > capacity:
             self._next = 0
             self._generation += 1
         slot = self._next
@@ -150,10 +131,6 @@ class FeatureRingReader:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._ring = _Ring(SharedFile.open(path))
-        self.num_read = 0
-        """Rows asked for so far."""
-        self.num_overwritten = 0
-        """How many of them were overwritten, before or while they were read, or lost with their engine."""
 
     @property
     def width(self) -> int:
@@ -161,10 +138,7 @@ class FeatureRingReader:
         return self._ring.width
 
     def read(self, slots: torch.Tensor, generations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Copy rows out of the ring.
-
-        Args:
-            slots, generations: int64 [n], as ``write`` gave them.
+        """Copy rows out of the ring, given their slots and generations, int64 [n], as ``write`` gave them.
 
         Returns:
             rows bfloat16 [n, width], and bool [n]: which of them are what was written. The others hold anything.
@@ -179,9 +153,7 @@ class FeatureRingReader:
             if ring.width != self.width:
                 raise SharedMemoryError(f"{self._path}: rows of {ring.width} values in place of {self.width}")
             self._ring = ring
-            rows, valid = self._copy(slots, generations)
-        self.num_read += len(slots)
-        self.num_overwritten += int((~valid).sum())
+            return self._copy(slots, generations)
         return rows, valid
 
     def _copy(self, slots: torch.Tensor, generations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

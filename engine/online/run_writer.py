@@ -18,9 +18,8 @@ from engine.adapters_config import AdaptersConfig
 from engine.models.config import ModelError
 from engine.online.feature_ring import FeatureRing
 from engine.online.shared_file import SharedMemoryError, make_private_directory
-from engine.online.token_log import TokenLog, TokenLogStats
-from engine.online.unwritten_steps import UnwrittenSteps
-from engine.online.verify_record import pack_ids, pack_weights
+from engine.online.token_log import TokenLog
+from engine.online.verify_record import UnwrittenSteps, pack_ids, pack_weights
 from engine.request import Request
 from engine.speculation.drafters.kv import Chunk
 
@@ -67,6 +66,8 @@ class RunWriter:
             max_records=config.log.max_records,
             interval=config.log.interval_seconds,
         )
+        self.stats = self._log.stats
+        """What has become of the records."""
         self._max_block = config.log.ring_rows // 4
         self._max_context = min(config.log.context_tokens, self._max_block)
         self._look_at, self._num_lost, self._lost_at = 0.0, 0, -math.inf
@@ -95,10 +96,6 @@ class RunWriter:
                 )
                 self._log.log(whole)
                 num_before, context = num_before + record.num_features, b""
-
-    def stats(self) -> TokenLogStats:
-        """What has become of the records."""
-        return self._log.stats()
 
     def _with_context(self, request: Request, steps: UnwrittenSteps) -> Chunk:
         """The steps' own tokens; the first time, and after a while without any, also those before."""
@@ -129,8 +126,7 @@ class RunWriter:
         if now < self._look_at:
             return
         self._look_at = now + _LOOK_SECONDS
-        written = self._log.stats()
-        if self._num_lost != (lost := written.num_dropped_by_queue + written.num_dropped_by_redis):
+        if self._num_lost != (lost := self.stats.num_dropped_by_queue + self.stats.num_dropped_by_redis):
             self._num_lost, self._lost_at = lost, now  # contexts may be among them
         if not self._ring.is_lost():
             return

@@ -12,12 +12,16 @@ from __future__ import annotations
 import fcntl
 import os
 import stat
+import struct
 import weakref
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 _T = TypeVar("_T")
+
+_CRC = struct.Struct("<I")
 
 
 class SharedMemoryError(Exception):
@@ -25,7 +29,7 @@ class SharedMemoryError(Exception):
 
 
 class SharedFile:
-    """A file of fixed size. Use ``create`` or ``open``."""
+    """A file of fixed size. Use ``create`` or ``open``. What cannot be done raises ``SharedMemoryError``."""
 
     def __init__(self, path: Path, descriptor: int) -> None:
         self.path = path
@@ -34,11 +38,7 @@ class SharedFile:
 
     @classmethod
     def create(cls, path: Path, size: int) -> SharedFile:
-        """A file of ``size`` zero bytes that only this user may open; others find it after ``install``.
-
-        Raises:
-            SharedMemoryError: there is no room for it, or ``path`` cannot be written.
-        """
+        """A file of ``size`` zero bytes that only this user may open; others find it after ``install``."""
         new = _unfinished(path)
         try:
             new.unlink(missing_ok=True)  # of a creator that was killed
@@ -55,7 +55,7 @@ class SharedFile:
 
     @classmethod
     def open(cls, path: Path) -> SharedFile:
-        """The file that is installed at ``path``; raises ``SharedMemoryError``."""
+        """The file that is installed at ``path``."""
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError as error:
@@ -66,11 +66,7 @@ class SharedFile:
         return cls(path, descriptor)
 
     def install(self) -> None:
-        """Put the file at its path, in place of what was there; who opened the old file keeps that.
-
-        Raises:
-            SharedMemoryError: something is there that a file cannot replace, or the directory is gone.
-        """
+        """Put the file at its path, in place of what was there; who opened the old file keeps that."""
         try:
             os.rename(_unfinished(self.path), self.path)
         except OSError as error:
@@ -78,18 +74,29 @@ class SharedFile:
 
     @property
     def size(self) -> int:
-        """Bytes in the file now; raises ``SharedMemoryError`` once it is closed."""
+        """Bytes in the file now."""
         return self._try(os.fstat).st_size
 
+    def write_header(self, header: bytes) -> None:
+        """Put bytes and their CRC-32 at the start."""
+        self.write(0, header + _CRC.pack(zlib.crc32(header)))
+
+    def read_header(self, size: int) -> bytes:
+        """What ``write_header`` was given, of such a size; an error if it is damaged."""
+        data = self.read(0, size + _CRC.size)
+        if _CRC.pack(zlib.crc32(data[:size])) != data[size:]:
+            raise SharedMemoryError(f"{self.path}: the header is damaged")
+        return data[:size]
+
     def read(self, offset: int, size: int) -> bytes:
-        """Read up to 2 GB of the file; raises ``SharedMemoryError`` if they are not there."""
+        """Read up to 2 GB of the file; an error if they are not there."""
         data = self._try(os.pread, size, offset)
         if len(data) != size:
             raise SharedMemoryError(f"{self.path} is truncated")
         return data
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        """Fill ``buffer``, of bytes; raises ``SharedMemoryError`` if the file does not hold as many."""
+        """Fill ``buffer``, of bytes; an error if the file does not hold as many."""
         done = 0
         while done < len(buffer):
             count = self._try(os.preadv, [buffer[done:]], offset + done)
@@ -98,7 +105,7 @@ class SharedFile:
             done += count
 
     def write(self, offset: int, data: bytes | memoryview) -> None:
-        """Put bytes into the file; raises ``SharedMemoryError`` if it was truncated and there is no room any more."""
+        """Put bytes into the file; an error if it was truncated and there is no room any more."""
         rest = memoryview(data)
         while rest:
             count = self._try(os.pwrite, rest, offset)
@@ -113,11 +120,7 @@ class SharedFile:
         return (there.st_dev, there.st_ino) != (mine.st_dev, mine.st_ino)
 
     def lock(self) -> None:
-        """Become the only process that may write; the kernel takes the lock back when this process ends.
-
-        Raises:
-            SharedMemoryError: another has it.
-        """
+        """Become the only process that may write; the kernel takes the lock back when this process ends."""
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -144,24 +147,29 @@ def make_private_directory(directory: Path) -> None:
 
 
 def claim_directory(directory: Path) -> int:
-    """Make this process the only engine that uses a directory, which is made if need be.
-
-    Returns:
-        the descriptor that holds the claim, until it is closed or the process ends.
-
-    Raises:
-        SharedMemoryError: another process has it, or it cannot be made.
-    """
-    make_private_directory(directory)
+    """Make this process the only engine that uses a directory: ``lock_directory``, or ``SharedMemoryError``."""
     try:
-        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        descriptor = lock_directory(directory)
     except OSError as error:
         raise SharedMemoryError(f"cannot use {directory}: {error.strerror}") from error
+    if descriptor is None:
+        raise SharedMemoryError(f"another engine uses {directory}: each needs one of its own")
+    return descriptor
+
+
+def lock_directory(directory: Path) -> int | None:
+    """Lock a directory, which is made if need be; None: another process has it locked. Raises ``OSError``.
+
+    Returns:
+        the descriptor that holds the lock, until it is closed or the process ends.
+    """
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError:
         os.close(descriptor)
-        raise SharedMemoryError(f"another engine uses {directory}: each needs one of its own") from error
+        return None
     return descriptor
 
 

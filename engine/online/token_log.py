@@ -41,23 +41,20 @@ _APPEND = """
 _Entry = tuple[bytes, dict[bytes, bytes] | None]  # None, or no fields: it was trimmed
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class TokenLogStats:
     """Records since the start, each in one of the three, in the queue, or just being sent.
 
     Those dropped by Redis may have been written where it failed before it could answer.
     """
 
-    num_written: int
-    num_dropped_by_queue: int
-    num_dropped_by_redis: int
+    num_written: int = 0
+    num_dropped_by_queue: int = 0
+    num_dropped_by_redis: int = 0
 
 
 class TokenLog:
     """The engine's end of the token log.
-
-        token_log = TokenLog("redis://localhost", "evospec:token-log")
-        token_log.log(record)
 
     Args:
         url: of Redis or Valkey.
@@ -74,8 +71,8 @@ class TokenLog:
         self._stream, self._interval = stream, interval
         self._queue_size, self._max_records = queue_size, max_records
         self._queue: deque[bytes] = deque()
-        # Each counter is written by one thread only.
-        self._dropped_by_queue = self._dropped_by_redis = self._written = 0
+        self.stats = TokenLogStats()
+        """Each counter is written by one thread only, and readable from any."""
         self._is_down = False
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="token-log", daemon=True)
@@ -84,13 +81,9 @@ class TokenLog:
     def log(self, record: VerifyRecord) -> None:
         """Queue a record, or drop it. Takes microseconds: no lock, no system call."""
         if len(self._queue) >= self._queue_size:
-            self._dropped_by_queue += 1
+            self.stats.num_dropped_by_queue += 1
         else:
             self._queue.append(encode_record(record))
-
-    def stats(self) -> TokenLogStats:
-        """Counters, readable from any thread."""
-        return TokenLogStats(self._written, self._dropped_by_queue, self._dropped_by_redis)
 
     def close(self) -> None:
         """Write what is queued, if Redis answers, and end the thread: seconds at most."""
@@ -108,31 +101,22 @@ class TokenLog:
         self._flush()
 
     def _flush(self) -> None:
+        """Send what is queued, each batch once: sending again could write records twice."""
         while self._queue:
             batch = [self._queue.popleft() for _ in range(min(len(self._queue), _BATCH_SIZE))]
-            error = self._write(batch)
-            self._note(error)
-            if error is not None:
+            try:
+                self._redis.eval(_APPEND, 1, self._stream, self._max_records, _LIFETIME, _FIELD, *batch)
+            except REDIS_FAILURES as error:
+                self.stats.num_dropped_by_redis += len(batch)
+                if not self._is_down:
+                    log.warning("token log cannot be written", error=str(error) or type(error).__name__)
+                self._is_down = True
                 self._closing.wait(_RETRY_INTERVAL)
                 return
-
-    def _write(self, batch: list[bytes]) -> Exception | None:
-        """Send a batch once; what went wrong. Sending again could write records twice."""
-        try:
-            self._redis.eval(_APPEND, 1, self._stream, self._max_records, _LIFETIME, _FIELD, *batch)
-        except REDIS_FAILURES as error:
-            self._dropped_by_redis += len(batch)
-            return error
-        self._written += len(batch)
-        return None
-
-    def _note(self, error: Exception | None) -> None:
-        """One line in the log for each outage."""
-        if error is not None and not self._is_down:
-            log.warning("token log cannot be written", error=str(error) or type(error).__name__)
-        elif error is None and self._is_down:
-            log.info("token log is written again")
-        self._is_down = error is not None
+            self.stats.num_written += len(batch)
+            if self._is_down:
+                log.info("token log is written again")
+            self._is_down = False
 
 
 class TokenLogUnavailable(Exception):

@@ -13,11 +13,8 @@ from numpy.typing import NDArray
 from engine.draft_vocab.vocab import TOP_K, TopK
 from engine.messages import AlignmentStats
 from engine.online.adapters import EagleAdapters
-from engine.online.logged_step import LoggedStep
 from engine.online.run_writer import RunWriter
-from engine.online.time_budget import TimeBudget
-from engine.online.unwritten_steps import UnwrittenSteps
-from engine.online.verify_record import VerifyRecord, pack_top_k
+from engine.online.verify_record import UnwrittenSteps, VerifyRecord, pack_top_k
 from engine.request import Request
 from engine.verification import Verification
 from kernels.native import Team
@@ -25,6 +22,31 @@ from kernels.topk import topk_rows_on_host
 
 _SAVED_SECONDS = 0.2
 """So much of the time for logging is there at first, and can be saved up."""
+
+
+class TimeBudget:
+    """Seconds that are earned by others' work, saved up, and spent; a spender may run into debt once.
+
+    Args:
+        share: of the seconds worked, earned.
+        most: seconds that can be saved, as many as there are at first.
+    """
+
+    def __init__(self, share: float, most: float) -> None:
+        self._share, self._most = share, most
+        self._saved = most
+
+    def is_left(self) -> bool:
+        """Whether there is something to spend."""
+        return self._saved > 0
+
+    def earn(self, seconds: float) -> None:
+        """So much was worked, what was spent included."""
+        self._saved = min(self._most, self._saved + self._share * seconds)
+
+    def spend(self, seconds: float) -> None:
+        """Take away what something has cost."""
+        self._saved -= seconds
 
 
 class VerifyLog:
@@ -66,20 +88,21 @@ class VerifyLog:
         Returns:
             the target's most likely tokens at rows from which kept ones were chosen; None where nothing is logged.
         """
-        steps = [LoggedStep(one, first_right.get(one.request.request_id)) for one in verified if one.kept]
+        steps = [one for one in verified if one.kept]
         self._num_steps += len(steps)
-        logged = [step for step in steps if self._is_logged(step.verified.request)]
+        logged = [one for one in steps if self._is_logged(one.request)]
         if not logged:
             return None
         started = time.perf_counter()
         k, most = self._options.top_k, max(self._options.top_k, TOP_K)
-        rows = [row for step in steps for row in step.verified.rows]  # refused drafts have others
+        rows = [row for one in steps for row in one.rows]  # refused drafts have others
         values, token_ids = topk_rows_on_host(logits, most, self._team, rows)
         ids = token_ids.astype(np.int32)
-        self._log_steps(steps, values[:, :k].astype(np.float16), ids[:, :k])
-        if not logged[0].verified.request.is_synthetic:
+        self._log_steps(steps, first_right, values[:, :k].astype(np.float16), ids[:, :k])
+        if not logged[0].request.is_synthetic:
             self._budget.spend(time.perf_counter() - started)
-        return _likely(rows, ids[:, :TOP_K])
+        likely, place = ids[:, :TOP_K], {row: number for number, row in enumerate(rows)}
+        return lambda wanted: likely[[place[row] for row in wanted]]
 
     def record_step(self, seconds: float) -> None:
         """A step took so long."""
@@ -90,28 +113,34 @@ class VerifyLog:
         if request.draft_state.unwritten is not None:
             self._write([request])
 
-    def _log_steps(self, steps: Sequence[LoggedStep], logits: NDArray[np.float16], ids: NDArray[np.int32]) -> None:
+    def _log_steps(
+        self,
+        steps: Sequence[Verification],
+        first_right: Mapping[str, bool | None],
+        logits: NDArray[np.float16],
+        ids: NDArray[np.int32],
+    ) -> None:
         """Those worth it; ``logits`` and ``ids`` [n, k] are the target's most likely tokens after each kept one."""
         now, is_time, end = time.monotonic(), False, 0
-        for step in steps:
-            first, end = end, end + len(step.kept)
-            request = step.verified.request
-            state = request.draft_state
+        for one in steps:
+            first, end = end, end + len(one.kept)
+            request, state = one.request, one.request.draft_state
             if not state.is_logged:
                 continue
-            if state.unwritten is not None and state.unwritten.next_position != step.position:
+            is_sampled, is_right = self._is_sampled(request), first_right.get(request.request_id)
+            record = _record(one, is_right, is_sampled, ids[first:end], logits[first:end])
+            if state.unwritten is not None and state.unwritten.next_position != record.position:
                 self._write([request])
-            is_sampled = self._is_sampled(request)
-            if is_sampled or self._teaches(step, logits[first:end], ids[first:end]):
+            if is_sampled or record.teaches(self._options.kl_threshold):
                 self._num_hard += not is_sampled
                 self._num_sampled += is_sampled
                 state.unwritten = state.unwritten or UnwrittenSteps(began_at=now)
-                record = _record(step, is_sampled, pack_top_k(ids[first:end], logits[first:end]))
-                state.unwritten.add(record, step.verified.sequence.block_ids)
+                state.unwritten.add(record, one.sequence.block_ids)
             if state.unwritten is not None:
-                is_time |= step.is_last or state.unwritten.are_enough(now)
+                is_last = one.truncation is not None and one.truncation.finish_reason is not None
+                is_time |= is_last or state.unwritten.are_enough(now)
         if is_time:
-            self._write([step.verified.request for step in steps])
+            self._write([one.request for one in steps])
 
     def _write(self, requests: Sequence[Request]) -> None:
         """All steps of requests that wait for it."""
@@ -122,7 +151,7 @@ class VerifyLog:
 
     def stats(self) -> AlignmentStats:
         """For metrics."""
-        written = self._writer.stats()
+        written = self._writer.stats
         return AlignmentStats(
             layout=self._adapters.layout,
             channel_version=self._adapters.version,
@@ -148,50 +177,39 @@ class VerifyLog:
         # The guard compares adapters with control requests, of which there are few: it gets all of their steps.
         return self._random.random() < self._options.sample_share or self._adapters.is_control(request)
 
-    def _teaches(self, step: LoggedStep, logits: NDArray[np.float16], ids: NDArray[np.int32]) -> bool:
-        count = step.num_accepted
-        if count < len(step.drafted) or not step.drafted:
-            return True
-        is_drafted = ids[:count] == np.array(step.drafted)[:, None]
-        known = logits[:count].astype(np.float32)
-        drafted = np.where(is_drafted, known, -np.inf).max(axis=1)
-        surprisals = np.logaddexp.reduce(known, axis=1) - drafted
-        return bool((surprisals > self._options.kl_threshold).any())
 
-
-def _record(step: LoggedStep, is_sampled: bool, top: tuple[bytes, bytes]) -> VerifyRecord:
-    """What a step says by itself; ``top``: the target's most likely tokens and their logits."""
-    request, own, assignment = step.verified.request, len(step.kept), step.verified.request.draft_state.adapter
-    top_ids, top_logits = top
+def _record(
+    one: Verification,
+    first_right: bool | None,
+    is_sampled: bool,
+    ids: NDArray[np.int32],
+    logits: NDArray[np.float16],
+) -> VerifyRecord:
+    """What a step says by itself; ``ids`` and ``logits`` [n, k]: the target's most likely tokens at each kept one."""
+    sequence, request, assignment = one.sequence, one.request, one.request.draft_state.adapter
+    num_accepted, drafted = len(one.kept) - 1, sequence.draft_token_ids
+    if one.num_accepted > num_accepted:  # the output stops at a right one: the rest was not looked at
+        drafted = drafted[:num_accepted]
+    top_ids, top_logits = pack_top_k(ids, logits)
     return VerifyRecord(
         request_id=request.request_id,
         tenant=request.tenant,
         adapter_key=assignment.key,
         domain=request.domain,
-        position=step.position,
-        last_token=step.last_token,
-        drafted=tuple(step.drafted),
-        num_accepted=step.num_accepted,
-        next_token=step.kept[-1],
+        position=sequence.start + sequence.num_known,
+        last_token=sequence.token_ids[sequence.num_known - 1],
+        drafted=tuple(drafted),
+        num_accepted=num_accepted,
+        next_token=one.kept[-1],
         draft_version=assignment.version,
-        top_k=len(top_ids) // (4 * own),
+        top_k=ids.shape[1],
         top_ids=top_ids,
         top_logits=top_logits,
         is_hard_example=not is_sampled,
         feature_slot=0,
         feature_generation=0,
-        num_features=own,
-        copied=step.verified.source == "lookup",
-        first_right=step.first_right,
+        num_features=len(one.kept),
+        copied=one.source == "lookup",
+        first_right=first_right,
         is_synthetic=request.is_synthetic,
     )
-
-
-def _likely(rows: Sequence[int], token_ids: NDArray[np.int32]) -> TopK:
-    """Looks up token ids [n, TOP_K] of so many rows of the logits."""
-
-    def find(wanted: Sequence[int]) -> NDArray[np.int32]:
-        place = {row: number for number, row in enumerate(rows)}
-        return token_ids[[place[row] for row in wanted]]
-
-    return find

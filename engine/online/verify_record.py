@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import msgspec
 import numpy as np
@@ -13,6 +15,9 @@ FORMAT = 1
 
 _MAX_NUMBER = 2**62
 """Positions and places in the ring are no greater: they must fit into 64-bit tensors."""
+_STEPS_AT_ONCE = 32
+"""To write one step takes about as long as to write so many."""
+_MOST_SECONDS = 0.5
 
 
 class RecordError(Exception):
@@ -79,6 +84,56 @@ class VerifyRecord(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
         """Token ids [steps, k] and their logits [steps, k]."""
         ids = np.frombuffer(self.top_ids, dtype="<i4").reshape(-1, self.top_k)
         return ids, np.frombuffer(self.top_logits, dtype="<f2").reshape(-1, self.top_k)
+
+    def teaches(self, kl_threshold: float) -> bool:
+        """Whether a draft was refused or none was made, or the target thought little of one that was accepted.
+
+        That is where the KL divergence of the target from a draft sure of its token, in nats, is over the threshold.
+        """
+        if self.num_accepted < len(self.drafted) or not self.drafted:
+            return True
+        ids, logits = self.top_k_arrays()
+        known = logits[: len(self.drafted)].astype(np.float64)
+        is_drafted = ids[: len(known)] == np.array(self.drafted[: len(known)])[:, None]
+        surprisals = np.logaddexp.reduce(known, axis=1) - np.where(is_drafted, known, -np.inf).max(axis=1)
+        return not (surprisals <= kl_threshold).all()  # NaN teaches, too
+
+
+@dataclass(slots=True)
+class UnwrittenSteps:
+    """Steps of a request, one right after the other, that wait to be written."""
+
+    began_at: float
+    """When (``time.monotonic``) the first of them was made."""
+    block_ids: array[int] = field(default_factory=lambda: array("i"))
+    """The request's blocks at the last of them: they hold what is stored of its tokens."""
+    records: list[VerifyRecord] = field(default_factory=list)
+    """One of each step, without context and prior, and without a place in the feature ring."""
+
+    @property
+    def start(self) -> int:
+        """Position of their first token."""
+        return self.records[0].position - 1
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Of each step the last known token and the accepted drafts."""
+        return [token for one in self.records for token in (one.last_token, *one.drafted[: one.num_accepted])]
+
+    def add(self, record: VerifyRecord, block_ids: array[int]) -> None:
+        """Another step, and the request's blocks then, which are copied."""
+        self.records.append(record)
+        self.block_ids = block_ids[:]
+
+    def are_enough(self, now: float) -> bool:
+        """Whether they are to be written now: they are many, or wait for long."""
+        return len(self.records) >= _STEPS_AT_ONCE or now - self.began_at >= _MOST_SECONDS
+
+    @property
+    def next_position(self) -> int:
+        """Where a step would be that comes right after them."""
+        last = self.records[-1]
+        return last.position + last.num_accepted + 1
 
 
 def pack_top_k(ids: npt.NDArray[np.integer], logits: npt.NDArray[np.floating]) -> tuple[bytes, bytes]:

@@ -33,7 +33,6 @@ MemoryKind = Literal["host", "cuda"]
 _MAGIC = b"EVOSPCW1"
 _KINDS: tuple[MemoryKind, ...] = ("host", "cuda")
 _HEADER = struct.Struct("<8sIIQ32s")
-_CRC = struct.Struct("<I")
 _PREFIX = struct.Struct("<II")
 _WORD = struct.Struct("<Q")
 _WORD_OFFSET = 64
@@ -84,12 +83,15 @@ class _Directory(msgspec.Struct, frozen=True, array_like=True):
 
 
 class WeightDirectory:
-    """The header, the word and both directories of an open channel."""
+    """The header, the word and both directories of an open channel.
+
+    ``SharedMemoryError``: they are damaged, not there, or cannot be written.
+    """
 
     def __init__(self, file: SharedFile) -> None:
         self.file = file
-        self._header = self._read_header()
-        magic, kind, num_slots, stride, fingerprint = _HEADER.unpack_from(self._header)
+        self._header = file.read_header(_HEADER.size)
+        magic, kind, num_slots, stride, fingerprint = _HEADER.unpack(self._header)
         self.num_slots: int = num_slots
         self.stride: int = stride
         """Bytes a buffer."""
@@ -103,11 +105,6 @@ class WeightDirectory:
 
     @classmethod
     def open(cls, path: Path) -> WeightDirectory:
-        """The channel at ``path``.
-
-        Raises:
-            SharedMemoryError: there is none, or it is damaged.
-        """
         directory = cls(SharedFile.open(path))
         directory.slots()
         return directory
@@ -116,10 +113,10 @@ class WeightDirectory:
     def create(
         cls, path: Path, layout: WeightLayout, num_slots: int, kind: MemoryKind, version: int
     ) -> WeightDirectory:
-        """A channel of empty slots, at ``version``, in place of what is at ``path``; raises ``SharedMemoryError``."""
+        """A channel of empty slots, at ``version``, in place of what is at ``path``."""
         file = SharedFile.create(path, _file_size(kind, num_slots, layout.nbytes))
         header = _HEADER.pack(_MAGIC, _KINDS.index(kind), num_slots, layout.nbytes, layout.fingerprint)
-        file.write(0, header + _CRC.pack(zlib.crc32(header)))
+        file.write_header(header)
         directory = cls(file)
         directory.commit(version, (Slot(),) * num_slots)
         file.install()
@@ -127,7 +124,7 @@ class WeightDirectory:
 
     @property
     def version(self) -> int:
-        """Version in force, by one read of 8 bytes; raises ``SharedMemoryError`` if they are not there."""
+        """Version in force, by one read of 8 bytes."""
         return self._read_word() >> 1
 
     @property
@@ -141,11 +138,7 @@ class WeightDirectory:
         return _data_offset(self.num_slots)
 
     def slots(self) -> tuple[Slot, ...]:
-        """All slots as of one version.
-
-        Raises:
-            SharedMemoryError: the header or the directory is damaged, or older than one that was read before.
-        """
+        """All slots as of one version, which is not older than one that was read before."""
         self._check()
         for _ in range(_ATTEMPTS):
             word = self._read_word()
@@ -159,7 +152,7 @@ class WeightDirectory:
         raise SharedMemoryError(f"{self.file.path}: the directory changes faster than it can be read")
 
     def commit(self, version: int, slots: tuple[Slot, ...]) -> None:
-        """Put ``slots`` in force as ``version``; raises ``SharedMemoryError`` if that cannot be written."""
+        """Put ``slots`` in force as ``version``."""
         if version > MAX_VERSION:
             raise SharedMemoryError(f"{self.file.path}: there is no version after {MAX_VERSION}")
         index = 1 - (self._read_word() & 1)
@@ -184,15 +177,9 @@ class WeightDirectory:
             return None
         return directory if len(directory.slots) == self.num_slots and directory.is_sound() else None
 
-    def _read_header(self) -> bytes:
-        header = self.file.read(0, _HEADER.size + _CRC.size)
-        if _CRC.pack(zlib.crc32(header[: _HEADER.size])) != header[_HEADER.size :]:
-            raise SharedMemoryError(f"{self.file.path}: the header is damaged")
-        return header
-
     def _check(self) -> None:
         """Raise ``SharedMemoryError`` unless the header is what it was at first, and the file as large as it tells."""
-        if self._read_header() != self._header:
+        if self.file.read_header(_HEADER.size) != self._header:
             raise SharedMemoryError(f"{self.file.path}: the header is damaged")
         if self.file.size != _file_size(self.kind, self.num_slots, self.stride):
             raise SharedMemoryError(f"{self.file.path}: the header tells of another size")

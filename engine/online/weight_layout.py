@@ -9,7 +9,6 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
 
 import torch
 
@@ -81,22 +80,8 @@ class WeightLayout:
                 raise ValueError(f"{spec.name} is {tensor.dtype} {tuple(tensor.shape)}; the layout says {spec}")
 
 
-class BufferMemory(Protocol):
-    """Buffers of equal size, each of which is copied whole."""
-
-    device: torch.device
-
-    def load(self, index: int, buffer: torch.Tensor) -> None:
-        """Copy buffer ``index`` to ``buffer``, uint8 [size] on ``device``; raises ``SharedMemoryError``."""
-        ...
-
-    def store(self, index: int, buffer: torch.Tensor) -> None:
-        """Copy ``buffer`` to buffer ``index``; raises ``SharedMemoryError``."""
-        ...
-
-
 class FileMemory:
-    """Buffers in a file, from ``offset`` on."""
+    """Buffers of equal size in a file, from ``offset`` on, each of which is copied whole."""
 
     device = torch.device("cpu")
 
@@ -111,7 +96,7 @@ class FileMemory:
 
 
 class DeviceMemory:
-    """Buffers in ``memory``, uint8 [number, size], that two processes see."""
+    """The same in ``memory``, uint8 [number, size], that two processes see."""
 
     def __init__(self, memory: torch.Tensor) -> None:
         self.device, self._memory = memory.device, memory
@@ -129,19 +114,19 @@ class WeightBuffers:
     What is in ``memory`` may change or go away at any moment, so all is done with a copy of one buffer.
     """
 
-    def __init__(self, layout: WeightLayout, memory: BufferMemory) -> None:
+    def __init__(self, layout: WeightLayout, memory: FileMemory | DeviceMemory) -> None:
         self.device, self._memory = memory.device, memory
         self._staging = torch.zeros(layout.nbytes, dtype=torch.uint8, device=memory.device)
         self._staged = layout.views(self._staging)
 
     def write(self, index: int, tensors: Mapping[str, torch.Tensor]) -> int:
-        """Fill a buffer; its checksum, once all of it has arrived."""
+        """Fill a buffer; its checksum, once all of it has arrived. Raises ``SharedMemoryError``."""
         _copy(tensors, self._staged)
         self._memory.store(index, self._staging)
         return _checksum(self._staging)
 
     def stage(self, index: int) -> int:
-        """Copy a buffer to where nobody else writes; the copy's checksum."""
+        """Copy a buffer to where nobody else writes; the copy's checksum. Raises ``SharedMemoryError``."""
         self._memory.load(index, self._staging)
         return _checksum(self._staging)
 

@@ -33,10 +33,7 @@ class _Graph:
 class GpuChoices:
     """Chooses from a copy of the logits, which edits may change: nobody has to put back what was there.
 
-    Args:
-        vocab_size: of the logits.
-        device: the GPU.
-        has_graphs: whether few rows are chosen by graphs.
+    ``has_graphs``: whether few rows are chosen by graphs.
     """
 
     def __init__(self, vocab_size: int, device: torch.device, *, has_graphs: bool) -> None:
@@ -47,14 +44,7 @@ class GpuChoices:
     def choose(
         self, logits: torch.Tensor, sampling: RowSampling | None, positions: Sequence[int], edits: LogitsEdits
     ) -> list[int]:
-        """As ``choose_tokens`` of the edited logits.
-
-        Args:
-            logits: [L, V] float32; the same afterwards.
-            sampling: of the rows; None: all greedy.
-            positions: index of the chosen token in its sequence, one a row.
-            edits: of the logits.
-        """
+        """As ``kernels.choose_tokens`` of the edited ``logits`` [L, V] float32, which are the same afterwards."""
         is_small = len(logits) <= len(self._logits)
         ours = self._logits[: len(logits)].copy_(logits) if is_small else logits.clone()
         edit_on_gpu(ours, edits.sparse(), edits.allowed)

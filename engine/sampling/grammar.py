@@ -142,12 +142,7 @@ def _without_control(text: bytes, allowed: bytes = b"") -> bytes:
 
 
 class GrammarCompiler:
-    """Compiles grammars for one vocabulary.
-
-    Args:
-        token_bytes: the bytes of each token, by token id.
-        end_token_ids: the tokens that end an output.
-    """
+    """Compiles grammars for one ``Vocabulary``."""
 
     def __init__(self, token_bytes: Sequence[bytes], end_token_ids: Iterable[int]) -> None:
         self._token_bytes = list(token_bytes)
@@ -156,31 +151,24 @@ class GrammarCompiler:
 
     def compile(self, grammar: Grammar) -> CompiledGrammar:
         """The compiled grammar; raises ``GrammarError``. Nothing bounds the time and the memory that it takes."""
-        text = grammar.schema or ""
-        if grammar.kind == "structural_tag":
-            return self._compile_structural_tag(text)
-        if grammar.kind == "regex":
-            return self._for_text().compile("regex", rewrite_pattern(text, to_ascii=False))
-        if grammar.kind == "ebnf":
-            return self._for_text().compile("grammar", text)
-        is_object = grammar.kind == "json_object"
-        schema = '{"type": "object"}' if is_object else text
-        check_json_schema(schema)
-        # Strict: objects hold no properties beyond those the schema names, unless it says so.
-        return self._for_json.compile(
-            "json_schema", rewrite_patterns(schema), strict_mode=not is_object, max_whitespace_cnt=_WHITESPACE
-        )
-
-    def _for_text(self) -> _VocabularyCompiler:
-        """For output that is no JSON, and may have any characters. It is rare, and made in a tenth of a second."""
-        return _VocabularyCompiler(self._token_bytes, self._end_token_ids)
-
-    def _compile_structural_tag(self, tag: str) -> CompiledGrammar:
-        """There is text beside JSON, which may have any characters, but line feeds only where JSON is at risk."""
-        vocabulary = self._token_bytes
-        if has_string_lengths(tag):
+        if grammar.kind in ("json_object", "json_schema"):
+            is_object = grammar.kind == "json_object"
+            schema = '{"type": "object"}' if is_object else grammar.schema or ""
+            check_json_schema(schema)
+            # Strict: objects hold no properties beyond those the schema names, unless it says so.
+            return self._for_json.compile(
+                "json_schema", rewrite_patterns(schema), strict_mode=not is_object, max_whitespace_cnt=_WHITESPACE
+            )
+        kind: str = grammar.kind
+        text, vocabulary = grammar.schema or "", self._token_bytes
+        if kind == "ebnf":
+            kind = "grammar"
+        elif kind == "regex":
+            text = rewrite_pattern(text, to_ascii=False)
+        elif has_string_lengths(text):  # a structural tag: text beside JSON, with line feeds only where JSON is at risk
             vocabulary = [_without_control(token, allowed=b"\n") for token in vocabulary]
-        return _VocabularyCompiler(vocabulary, self._end_token_ids).compile("structural_tag", tag)
+        # Such output is rare, and this made in a tenth of a second.
+        return _VocabularyCompiler(vocabulary, self._end_token_ids).compile(kind, text)
 
 
 class _VocabularyCompiler:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import heapq
 import itertools
 import math
 import mmap
@@ -48,14 +47,12 @@ class ProcessCursor(GrammarCursor):
     def __init__(self, process: GrammarProcess, slot: int, masks: Masks) -> None:
         super().__init__(masks)
         self._process, self._slot, self._num_unanswered = process, slot, 0
-        self._committed: list[int] | None = []
-        """What is to be told with the next ask; None: nothing, that is done."""
         self._is_new = True
         self._began_at = time.monotonic()
         self.first_number = self._number = next(process.numbers)
 
     def commit(self, token_ids: list[int]) -> None:
-        self.num_masks, self._committed, self.drafts = 0, token_ids, []
+        super().commit(token_ids)
         self._number, self._began_at = next(self._process.numbers), time.monotonic()
 
     def ask(self, draft_token_ids: list[int]) -> None:
@@ -89,16 +86,10 @@ class ProcessCursor(GrammarCursor):
 
 
 class GrammarProcess:
-    """One grammar, and the process that enforces it.
+    """One grammar, and the process that enforces it, for ``num_slots`` sequences at a time.
 
-    Args:
-        control: socket of the process that forks.
-        grammar: what is enforced.
-        num_slots: most sequences at a time.
-        num_words: of a mask, 32 tokens each.
-
-    Raises:
-        OSError: the process that forks is gone, or there is no memory or descriptor to spare.
+    ``control``: socket of the process that forks. ``num_words``: of a mask, 32 tokens each. ``OSError`` if that process
+    is gone, or there is no memory or descriptor to spare.
     """
 
     def __init__(self, control: socket.socket, grammar: Grammar, num_slots: int, num_words: int) -> None:
@@ -112,7 +103,7 @@ class GrammarProcess:
         """Of its sequences, by slot."""
         self.num_bytes = 0
         """Of memory that its grammar takes."""
-        self._free_slots = list(range(num_slots))
+        self._free_slots = list(reversed(range(num_slots)))
         self.unsent: list[Ask] = []
         """What the next ``flush`` sends."""
         self.numbers = itertools.count(1)
@@ -131,7 +122,7 @@ class GrammarProcess:
             os.ftruncate(memory.fileno(), num_mask_bytes + len(text))
             os.pwrite(memory.fileno(), text, num_mask_bytes)
             self._masks: Masks = np.frombuffer(mmap.mmap(memory.fileno(), num_mask_bytes), np.int32).reshape(shape)
-            fork = self._encoder.encode(Fork(num_slots, num_words, len(text)))
+            fork = self._encoder.encode(Fork(num_slots, len(text)))
             socket.send_fds(control, [fork], [theirs.fileno(), memory.fileno()])
 
     def fileno(self) -> int:
@@ -157,14 +148,14 @@ class GrammarProcess:
         """A sequence at the grammar's start; None: there is no room for another."""
         if not self._free_slots:
             return None
-        slot = heapq.heappop(self._free_slots)
+        slot = self._free_slots.pop()
         cursor = self.cursors[slot] = ProcessCursor(self, slot, self._masks[slot])
         return cursor
 
     def end(self, slot: int) -> None:
         """A sequence is over."""
         del self.cursors[slot]
-        heapq.heappush(self._free_slots, slot)
+        self._free_slots.append(slot)
         self.unsent.append(Ask(slot, is_over=True))
 
     def flush(self) -> None:

@@ -27,6 +27,8 @@ class GrammarCursor(ABC):
         """How many of them are right."""
         self.drafts: list[int] = []
         """The tokens that were asked about last: the masks but the first are about these."""
+        self._committed: list[int] | None = []
+        """What the output has got since it was last asked about; None: nothing, that was asked."""
         self.failure: str | None = None
         """Why the sequence has to end, in words fit for the client."""
         self.is_slow = False
@@ -50,9 +52,9 @@ class GrammarCursor(ABC):
         num_same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
         return min(self.num_masks, 1 + num_same)
 
-    @abstractmethod
     def commit(self, token_ids: list[int]) -> None:
         """The output has got these tokens, since it was last asked about."""
+        self.num_masks, self._committed, self.drafts = 0, token_ids, []
 
     @abstractmethod
     def ask(self, draft_token_ids: list[int]) -> None:

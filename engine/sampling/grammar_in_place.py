@@ -28,10 +28,6 @@ class InPlaceCursor(GrammarCursor):
         super().__init__(np.zeros((MASKS_PER_SLOT, num_words), dtype=np.int32))
         self._grammar = grammar
         self._sequence = GrammarSequence(GrammarMatcher(compiled), self.masks, time.thread_time)
-        self._committed: list[int] = []
-
-    def commit(self, token_ids: list[int]) -> None:
-        self.num_masks, self._committed, self.drafts = 0, token_ids, []
 
     def allowed(self, draft_token_ids: list[int]) -> list[int]:
         self.ask(draft_token_ids)
@@ -40,8 +36,8 @@ class InPlaceCursor(GrammarCursor):
     def ask(self, draft_token_ids: list[int]) -> None:
         if self.failure is not None or (self.num_masks and draft_token_ids == self.drafts[: len(draft_token_ids)]):
             return
-        num_masks = self._sequence.follow(self._committed, draft_token_ids)
-        self._committed, self.drafts = [], draft_token_ids
+        num_masks = self._sequence.follow(self._committed or [], draft_token_ids)
+        self._committed, self.drafts = None, draft_token_ids
         self._settle(num_masks, self._sequence.failure)
 
     def end(self) -> None:
@@ -49,13 +45,7 @@ class InPlaceCursor(GrammarCursor):
 
 
 class InPlaceGrammar:
-    """A grammar that is enforced in the engine itself; to the pool, it is like a ``GrammarProcess``.
-
-    Args:
-        compiled: the grammar, when it is ready.
-        num_bytes: what it takes of memory.
-        num_words: of a mask, 32 tokens each.
-    """
+    """A grammar that is enforced in the engine itself; to the pool, it is like a ``GrammarProcess``."""
 
     def __init__(self, compiled: Future[CompiledGrammar], num_bytes: int, num_words: int) -> None:
         self.num_bytes = num_bytes
@@ -75,7 +65,7 @@ class InPlaceGrammar:
         return InPlaceCursor(self, self._compiled.result(), self._num_words)
 
     def kill(self) -> None:
-        """Nothing runs."""
+        pass
 
 
 class InPlaceCompiler:

@@ -38,7 +38,6 @@ class Fork(msgspec.Struct, frozen=True, array_like=True):
     """To the process that forks: with it go the new process's socket and the shared memory."""
 
     num_slots: int
-    num_words: int
     num_grammar_bytes: int
 
 

@@ -55,13 +55,7 @@ class GrammarPool:
     A tenant compiles one grammar at a time, and tenants take turns. Where there are too many processes, one without
     sequences ends: of the tenant that has most, the least recently used one.
 
-        pool.add(request)
-        for request, cursor in pool.take_ready(): ...  # a cursor, or the error that the request ends with
-        pool.wait([cursor], seconds)
-
-    Args:
-        tokenizer: of the model.
-        num_slots: most sequences of one grammar.
+    ``num_slots``: most sequences of one grammar.
     """
 
     def __init__(self, tokenizer: Tokenizer, num_slots: int) -> None:
@@ -93,7 +87,8 @@ class GrammarPool:
 
     def add(self, request: Request) -> None:
         """Have the request's grammar compiled, if it is not yet."""
-        key = _key(request)
+        assert request.sampling.grammar is not None
+        key = request.tenant, request.sampling.grammar
         wanted = self.waiting[request.request_id] = self._wanted.setdefault(key, _Wanted(key, {}))
         wanted.requests[request.request_id] = request
 
@@ -228,11 +223,6 @@ class GrammarPool:
 
 def _late(cursors: Iterable[GrammarCursor]) -> list[GrammarCursor]:
     return [cursor for cursor in cursors if not cursor.is_answered]
-
-
-def _key(request: Request) -> _Key:
-    assert request.sampling.grammar is not None
-    return request.tenant, request.sampling.grammar
 
 
 @lru_cache(maxsize=1)

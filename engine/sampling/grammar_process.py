@@ -73,8 +73,7 @@ class _Bound:
 def _try_out(grammar: CompiledGrammar, vocab_size: int, bound: _Bound) -> float:
     """Compute masks along a random text; returns the seconds that all but one of them stay below.
 
-    Raises:
-        GrammarError: they take too long to be used.
+    ``GrammarError`` if they take too long to be used.
     """
     bound.start(MASK_SECONDS)
     matcher, random = GrammarMatcher(grammar), np.random.default_rng(_TRIAL_SEED)
@@ -103,20 +102,16 @@ def _serve(channel: socket.socket, memory: mmap.mmap, fork: Fork, compiler: Gram
     _limit_memory(forked_bytes + MEMORY_BYTES)
     channel.send(encode(Started(os.getpid())))
     bound = _Bound(COMPILE_SECONDS)
-    masks_shape = fork.num_slots, MASKS_PER_SLOT, fork.num_words
+    masks_shape = fork.num_slots, MASKS_PER_SLOT, -(-vocab_size // 32)
     masks = np.frombuffer(memory, dtype=np.int32, count=int(np.prod(masks_shape))).reshape(masks_shape)
     try:
         grammar = msgspec.msgpack.decode(memory[masks.nbytes : masks.nbytes + fork.num_grammar_bytes], type=Grammar)
         compiled = compiler.compile(grammar)
         compile_seconds = time.process_time()
         mask_seconds = _try_out(compiled, vocab_size, bound)
-    except GrammarError as error:
-        channel.send(encode(Compiled(error=str(error))))
-        return
-    except MemoryError:
-        channel.send(
-            encode(Compiled(error=f"the schema or grammar takes more than {MEMORY_BYTES >> 20} MiB to compile"))
-        )
+    except (GrammarError, MemoryError) as error:
+        too_large = f"the schema or grammar takes more than {MEMORY_BYTES >> 20} MiB to compile"
+        channel.send(encode(Compiled(error=str(error) if isinstance(error, GrammarError) else too_large)))
         return
     num_bytes = _data_bytes() - forked_bytes
     is_cheap = compile_seconds < _CHEAP_SECONDS_TO_COMPILE and mask_seconds < _CHEAP_SECONDS

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 MAX_SCHEMA_CHARS = 65_536
@@ -52,31 +51,6 @@ class GrammarError(ValueError):
     """Constraints on the output that cannot be enforced; the message is fit for the client."""
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a subschema is: ``depth`` levels down, by ``steps`` from the place of its parent.
-
-    Its path is made when somebody asks for it: those of a schema's parts are together as long as its square.
-    """
-
-    steps: tuple[str | int, ...] = ("#",)
-    parent: Place | None = None
-    depth: int = 0
-
-    def __str__(self) -> str:
-        steps: list[str | int] = []
-        place: Place | None = self
-        while place is not None:
-            steps[:0] = place.steps
-            place = place.parent
-        path = "/".join(map(str, steps))
-        return path if len(path) <= _MAX_PLACE_CHARS else f"{path[:_MAX_PLACE_CHARS]}…"
-
-    def below(self, *steps: str | int) -> Place:
-        """The place of one of its children."""
-        return Place(steps, self, self.depth + 1)
-
-
 def check_json_schema(text: str) -> None:
     """Refuse a schema that would be enforced in part only.
 
@@ -93,26 +67,32 @@ def check_json_schema(text: str) -> None:
         schema = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise GrammarError(f"the schema is not valid JSON: {error}") from error
-    for place, part in subschemas(schema):
-        if place.depth > MAX_SCHEMA_DEPTH:
+    for path, part in subschemas(schema):
+        if len(path) > MAX_SCHEMA_DEPTH + 1:
             raise GrammarError(f"the JSON schema is nested more than {MAX_SCHEMA_DEPTH} levels deep")
         if not isinstance(part, (dict, bool)):
-            raise GrammarError(f"the JSON schema at {place} must be an object or a boolean")
+            raise GrammarError(f"the JSON schema at {_place(path)} must be an object or a boolean")
         if isinstance(part, dict) and (problem := _problem(part)):
-            raise GrammarError(f"the JSON schema at {place} is not supported: {problem}")
+            raise GrammarError(f"the JSON schema at {_place(path)} is not supported: {problem}")
 
 
-def subschemas(root: Any) -> Iterator[tuple[Place, Any]]:
-    """A schema and all below it, each with its place; schemas may be of any type here."""
-    levels = [iter([(Place(), root)])]
+def subschemas(root: Any) -> Iterator[tuple[list[str], Any]]:
+    """A schema and all below it, each with the path to it; schemas may be of any type here.
+
+    It is always the same list: all paths of a schema are together as long as its square.
+    """
+    levels, path = [iter([("#", root)])], [""]
     while levels:
-        for place, schema in levels[-1]:
-            yield place, schema
+        for step, schema in levels[-1]:
+            path[-1] = step
+            yield path, schema
             if isinstance(schema, dict):
-                levels.append(_children(place, schema))
+                levels.append(_children(schema))
+                path.append("")
                 break
         else:
             levels.pop()
+            path.pop()
 
 
 def rewrite_pattern(pattern: str, *, to_ascii: bool = True) -> str:
@@ -168,6 +148,11 @@ def has_string_lengths(tag: str) -> bool:
         else:
             formats += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
     return False
+
+
+def _place(path: list[str]) -> str:
+    place = "/".join(path)
+    return place if len(place) <= _MAX_PLACE_CHARS else f"{place[:_MAX_PLACE_CHARS]}…"
 
 
 def _problem(schema: dict[str, Any]) -> str | None:
@@ -228,14 +213,14 @@ def _required(schema: dict[str, Any]) -> set[str]:
     return {name for name in names if isinstance(name, str)} if isinstance(names, list) else set()
 
 
-def _children(place: Place, schema: dict[str, Any]) -> Iterator[tuple[Place, Any]]:
-    """The subschemas with their places."""
+def _children(schema: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The subschemas, each with where it is."""
     for keyword in _ONE_SCHEMA:
         if keyword in schema:
-            yield place.below(keyword), schema[keyword]
+            yield keyword, schema[keyword]
     for keyword in _SCHEMA_LISTS:
         if isinstance(schema.get(keyword), list):
-            yield from ((place.below(keyword, i), child) for i, child in enumerate(schema[keyword]))
+            yield from ((f"{keyword}/{i}", child) for i, child in enumerate(schema[keyword]))
     for keyword in _SCHEMA_MAPS:
         if isinstance(schema.get(keyword), dict):
-            yield from ((place.below(keyword, name), child) for name, child in schema[keyword].items())
+            yield from ((f"{keyword}/{name}", child) for name, child in schema[keyword].items())

@@ -42,11 +42,7 @@ class _Extraordinary(Exception):
 
 
 class _Survey:
-    """Visits a schema and its subschemas.
-
-    Args:
-        root: where references begin.
-    """
+    """Visits a schema and its subschemas. ``root``: where references begin."""
 
     def __init__(self, root: Any) -> None:
         self._root = root

@@ -6,7 +6,6 @@ only the tokens concerned. What a grammar forbids is never written: it is a bit 
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -16,60 +15,13 @@ from numpy.typing import NDArray
 
 from engine.messages import SamplingParams
 from engine.request import Request
+from engine.sampling.choose import FloatArray, IdArray, SamplingState
 from kernels.logits_edits import SparseEdits
-from kernels.penalties import IntArray, SeenTokens, penalize, put_back, sparse_edits
+from kernels.penalties import SeenTokens, penalize, put_back, sparse_edits
 
-FloatArray = NDArray[np.float32]
-IdArray = NDArray[np.int64]
 _Index = tuple[torch.Tensor, ...]
 _SparseEdit = tuple[int, IdArray, FloatArray]
 """A row, distinct tokens, and their values."""
-
-
-class SamplingState:
-    """What sampling remembers of one request: how often each token occurs in its output, for penalties.
-
-    It follows the committed tokens (``commit``) and can be moved along a draft and back (``add``), so that each row of
-    a verification sees the history it would have had alone.
-
-    Attributes:
-        edits_logits: whether anything of the request changes logits.
-        has_penalties: whether the tokens so far do; without, nothing is counted.
-        num_prompt: how many of ``token_ids``, the first, are the prompt's.
-        token_ids: distinct tokens, so that penalties touch those and never the vocabulary.
-        counts: of each in the output: 0 for some of the prompt, and for drafts that were taken back.
-        bias: the tokens of logit_bias and what is added to them; None without.
-    """
-
-    def __init__(self, params: SamplingParams, prompt_token_ids: list[int]) -> None:
-        penalties = params.repetition_penalty, params.presence_penalty, params.frequency_penalty
-        self.has_penalties = penalties != (1.0, 0.0, 0.0)
-        self.edits_logits = bool(params.grammar or self.has_penalties or params.logit_bias or params.min_tokens)
-        self.bias: tuple[IdArray, FloatArray] | None = None
-        if biases := params.logit_bias:
-            self.bias = np.fromiter(biases, np.int64), np.fromiter(biases.values(), np.float32)
-        counted = prompt_token_ids if params.repetition_penalty != 1.0 else []
-        self._slots = {token_id: slot for slot, token_id in enumerate(dict.fromkeys(counted))}
-        self.num_prompt = len(self._slots)
-        self.token_ids: IntArray = array("q", self._slots)
-        self.counts: IntArray = array("q", bytes(8 * self.num_prompt))
-        self._num_committed = 0
-
-    def commit(self, output_token_ids: list[int]) -> None:
-        """Follow the output up to its end; it only ever grows, also across a preemption."""
-        for token_id in output_token_ids[self._num_committed :]:
-            self.add(token_id)
-        self._num_committed = len(output_token_ids)
-
-    def add(self, token_id: int, times: int = 1) -> None:
-        """Count ``times`` more occurrences of a token after those so far (-1 takes one back)."""
-        if not self.has_penalties:
-            return
-        slot = self._slots.setdefault(token_id, len(self._slots))
-        if slot == len(self.token_ids):
-            self.token_ids.append(token_id)
-            self.counts.append(0)
-        self.counts[slot] += times
 
 
 class LogitsEdits:
@@ -94,24 +46,20 @@ class LogitsEdits:
         If the request has a grammar, its masks for all these rows are known.
         """
         state.commit(request.output_token_ids)
-        num_output = len(request.output_token_ids)
-        for index in range(len(draft_token_ids) + 1):
+        params, num_output = request.sampling, len(request.output_token_ids)
+        for index, row in enumerate(range(start, start + len(draft_token_ids) + 1)):
             if index:
                 state.add(draft_token_ids[index - 1])
             if request.grammar is not None:
-                self._add_mask(start + index, request.grammar.masks[index])
-            self._add_row(start + index, request.sampling, num_output + index, state)
+                self._add_mask(row, request.grammar.masks[index])
+            if num_output + index < params.min_tokens:
+                self._add_bans(row, params)
+            if state.bias is not None:
+                self._biases.append((row, *state.bias))
+            if state.has_penalties:
+                self._seen.add(row, state.penalties, state.num_prompt, state.token_ids, state.counts)
         for token_id in draft_token_ids:
             state.add(token_id, -1)
-
-    def _add_row(self, row: int, params: SamplingParams, num_output: int, state: SamplingState) -> None:
-        if num_output < params.min_tokens:
-            self._add_bans(row, params)
-        if state.bias is not None:
-            self._biases.append((row, *state.bias))
-        if state.has_penalties:
-            penalties = params.repetition_penalty, params.presence_penalty, params.frequency_penalty
-            self._seen.add(row, penalties, state.num_prompt, state.token_ids, state.counts)
 
     def _add_bans(self, row: int, params: SamplingParams) -> None:
         """Of what ends the output; where a grammar allows nothing else, it outranks min_tokens."""

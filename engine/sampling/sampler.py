@@ -15,10 +15,10 @@ import torch
 
 from engine.messages import SamplingParams, TokenLogprob
 from engine.request import Request
-from engine.sampling.choose import all_greedy, row_sampling
+from engine.sampling.choose import SamplingState, all_greedy, row_sampling
 from engine.sampling.gpu_choices import GpuChoices
 from engine.sampling.logprobs import token_logprobs
-from engine.sampling.processors import LogitsEdits, SamplingState
+from engine.sampling.processors import LogitsEdits
 from kernels import choose_tokens as kernel
 from kernels.choose_tokens import RowSampling
 from kernels.native import Team
@@ -51,7 +51,7 @@ class SampledSequence(msgspec.Struct, frozen=True):
 
 
 class Sampler:
-    """Chooses tokens for whole batches and keeps each request's sampling state, from its first choice to ``forget``.
+    """Chooses tokens for whole batches.
 
     Args:
         eos_token_ids: tokens that end an answer.
@@ -64,11 +64,6 @@ class Sampler:
     ) -> None:
         self._eos_token_ids = frozenset(eos_token_ids)
         self._team, self._on_gpu = team, on_gpu
-        self._states: dict[str, SamplingState] = {}
-
-    def forget(self, request_id: str) -> None:
-        """Drop a finished or aborted request's state."""
-        self._states.pop(request_id, None)
 
     @torch.inference_mode()
     def sample(self, logits: torch.Tensor, rows: list[SamplingRows]) -> list[SampledSequence]:
@@ -81,9 +76,12 @@ class Sampler:
         starts = [0, *accumulate([1 + len(sequence.draft_token_ids) for sequence in rows])]
         edits = LogitsEdits(self._eos_token_ids, starts[-1], logits.shape[1])
         for start, sequence in zip(starts, rows, strict=False):
-            state = self._state(sequence.request)
+            request = sequence.request
+            state = request.sampling_state
+            if state is None:  # made no earlier: that takes a while for a long prompt
+                state = request.sampling_state = SamplingState(request.sampling, request.prompt_token_ids)
             if state.edits_logits:
-                edits.add_sequence(start, sequence.request, sequence.draft_token_ids, state)
+                edits.add_sequence(start, request, sequence.draft_token_ids, state)
         choices = self._choose(logits, edits, *_sampling_and_positions(rows))
         accepted = [
             _accept(sequence.draft_token_ids, choices[start:end])
@@ -93,13 +91,6 @@ class Sampler:
         accepted = [kept if is_finite else kept[:-1] for kept, is_finite in zip(accepted, are_finite, strict=True)]
         logprobs = self._logprobs(logits, starts, rows, accepted)
         return list(map(SampledSequence, accepted, logprobs, are_finite))
-
-    def _state(self, request: Request) -> SamplingState:
-        """Made now for a request of which nothing was chosen so far: it takes a while for a long prompt."""
-        state = self._states.get(request.request_id)
-        if state is None:
-            state = self._states[request.request_id] = SamplingState(request.sampling, request.prompt_token_ids)
-        return state
 
     def _choose(
         self, logits: torch.Tensor, edits: LogitsEdits, sampling: RowSampling | None, positions: Sequence[int]

@@ -9,25 +9,24 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
+_NAMED = ("LogitsProcessor", "PreTrainedTokenizerBase", "PreTrainedTokenizerFast")
+"""What it names of transformers: the stand-in has empty classes of these names."""
 
-def import_xgrammar(
-    named: Sequence[str] = ("LogitsProcessor", "PreTrainedTokenizerBase", "PreTrainedTokenizerFast"),
-) -> Any:
-    """The package, by stand-ins for what is not loaded yet, or by the real ones where stand-ins do not do.
 
-    That for transformers has empty classes of these names.
-    """
+def import_xgrammar() -> Any:
+    """The package, by stand-ins for what is not loaded yet, or by the real ones where stand-ins do not do."""
     stand_ins = {}
     if "transformers" not in sys.modules:
         stand_ins["transformers"] = ModuleType("transformers")
-        vars(stand_ins["transformers"]).update({name: type(name, (), {}) for name in named})
+        vars(stand_ins["transformers"]).update({name: type(name, (), {}) for name in _NAMED})
     if "torch" not in sys.modules:
         _import_tvm_ffi()
-        stand_ins["torch"] = _torch()
+        # Any class that the type of an argument may name, and a function that makes a tensor nobody looks at.
+        stand_ins["torch"] = torch = ModuleType("torch")
+        vars(torch).update(tensor=lambda *_, **__: None, __getattr__=lambda name: type(name, (), {}))
     sys.modules.update(stand_ins)
     try:
         return importlib.import_module("xgrammar")
@@ -47,13 +46,6 @@ def _import_tvm_ffi() -> None:
         importlib.import_module("tvm_ffi")
     finally:
         del sys.modules["torch"]
-
-
-def _torch() -> ModuleType:
-    """Any class that the type of an argument may name, and a function that makes a tensor nobody looks at."""
-    module = ModuleType("torch")
-    vars(module).update(tensor=lambda *_, **__: None, __getattr__=lambda name: type(name, (), {}))
-    return module
 
 
 xgrammar = import_xgrammar()

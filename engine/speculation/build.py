@@ -9,7 +9,6 @@ import torch
 
 from engine.config import EngineConfig
 from engine.draft_vocab.running_texts import RunningTexts
-from engine.draft_vocab.vocab import DraftVocab
 from engine.loader import LoadedModel, load
 from engine.model_runner import ModelRunner
 from engine.models.config import ModelError, ModelFiles
@@ -27,9 +26,9 @@ from engine.speculation.draft_files import (
     choose_method,
     draft_model_config,
 )
-from engine.speculation.drafters.base import Draft, Proposer
+from engine.speculation.drafters.base import Draft
 from engine.speculation.drafters.draft_model import DraftModel
-from engine.speculation.drafters.eagle import EagleDraft, EagleProposer
+from engine.speculation.drafters.eagle import EagleDraft
 from engine.speculation.drafters.head import COUNTS_FILE, DraftHead, read_token_counts, static_vocabulary
 from engine.speculation.drafters.lookup import NgramDraft, NgramProposer, PromptLookup
 from engine.speculation.drafters.own_head import OwnHead
@@ -110,10 +109,7 @@ def make_head(
 def default_vocabulary(method: str, has_counts: bool, vocab_size: int) -> str:
     """What ``auto`` is: the fastest with the drafts at hand (docs/decisions/009-dynamic-vocabulary.md).
 
-    Args:
-        method: ``SpeculationConfig.method``.
-        has_counts: whether it is known what the target, or a draft model, says often.
-        vocab_size: of the target.
+    ``has_counts``: whether it is known what the target, or a draft model, says often.
     """
     if vocab_size <= _SMALL_VOCABULARY:
         return "full"
@@ -182,27 +178,12 @@ def make_speculator(
 ) -> tuple[Speculator, StepCosts | None]:
     """An engine's speculator, and what its steps cost on this machine; None where lengths are fixed.
 
-    Args:
-        config: all options.
-        draft: who drafts.
-        runner: of the target; measuring costs makes up entries in its KV cache.
-        max_model_len: longest sequence in tokens.
+    Measuring that makes up entries in the KV cache of ``runner``, the target's.
     """
     speculation, proposer = config.speculation, draft.make_proposer(runner.num_blocks)
-    costs = _measured(config, proposer, runner, max_model_len, draft.vocab) if speculation.adaptive else None
+    costs = CostMeter(runner, proposer, config, max_model_len, draft.vocab).measure() if speculation.adaptive else None
     policy = LengthPolicy() if costs is None else AdaptiveLength(costs, stops_early=proposer.stops_early)
     copies_itself = isinstance(proposer, NgramProposer)
     texts = draft.vocab.texts if draft.vocab is not None else RunningTexts(2 * config.scheduler.max_num_seqs)
     lookup = PromptLookup(texts) if speculation.copies and speculation.adaptive and not copies_itself else None
-    verify_log = whole_draft = None
-    if isinstance(proposer, EagleProposer):
-        verify_log, whole_draft = proposer.verify_log, proposer.whole_draft
-    most = speculation.num_speculative_tokens
-    return Speculator(proposer, policy, most, lookup, draft.vocab, verify_log, whole_draft), costs
-
-
-def _measured(
-    config: EngineConfig, proposer: Proposer, runner: ModelRunner, max_model_len: int, vocab: DraftVocab | None
-) -> StepCosts:
-    size, most = config.cache.block_size, config.scheduler.max_batched_tokens
-    return CostMeter(runner, proposer, size, most, max_model_len, vocab).measure()
+    return Speculator(proposer, policy, speculation.num_speculative_tokens, lookup, draft.vocab), costs

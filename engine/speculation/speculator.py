@@ -13,8 +13,6 @@ from engine.batch import Features
 from engine.config import MAX_COPIED_TOKENS, MAX_SPECULATIVE_TOKENS
 from engine.draft_vocab.vocab import DraftVocab, most_likely
 from engine.messages import EngineStats, TokenLogprob, TokenSource, VocabularyCounts
-from engine.online.verify_log import VerifyLog
-from engine.online.whole_draft import WholeDraft
 from engine.request import Request
 from engine.sampling.choose import all_greedy
 from engine.speculation.drafters.base import Proposer
@@ -40,9 +38,6 @@ class Speculator:
         max_tokens: most draft tokens of a sequence and step.
         lookup: finds what may be copied instead of drafted; None: nothing is.
         vocab: the vocabularies of running sequences; None where all draft from the same.
-        verify_log: where verified drafts are written down; None: nowhere.
-        whole_draft: without which nothing is drafted, only copied, for the requests that it is not for; None: the
-            proposer drafts for all.
     """
 
     def __init__(
@@ -52,20 +47,15 @@ class Speculator:
         max_tokens: int,
         lookup: PromptLookup | None = None,
         vocab: DraftVocab | None = None,
-        verify_log: VerifyLog | None = None,
-        whole_draft: WholeDraft | None = None,
     ) -> None:
         self._proposer, self._policy, self._max_tokens = proposer, policy, max_tokens
-        self._lookup, self._vocab, self._verify_log = lookup, vocab, verify_log
-        self._whole_draft = whole_draft
+        self._lookup, self._vocab = lookup, vocab
+        self._verify_log, self._whole_draft = proposer.verify_log, proposer.whole_draft
+        self.capture_layers = proposer.capture_layers
+        """The target's layers whose output ``learn`` wants."""
         self._alarm = AcceptanceAlarm()
         self._drafting_seconds: float | None = None
         """Of this step; None: nothing is drafted in it."""
-
-    @property
-    def capture_layers(self) -> tuple[int, ...]:
-        """The target's layers whose output ``learn`` wants."""
-        return self._proposer.capture_layers
 
     def draft_lengths(self, requests: Sequence[Request], limits: Sequence[int], num_joining: int) -> list[int]:
         """As many tokens as the policy wants within every limit: the scheduler's, the engine's and the request's."""
@@ -79,7 +69,7 @@ class Speculator:
             request.draft_state.copy = copy
             one.tenant, one.num_unread = request.tenant, self._proposer.num_unread(request)
             one.limit = min(limit, self._max_tokens) if drafts else 0
-            one.repeat = None if copy is None else copy.repeat
+            one.greedy, one.repeat = all_greedy([request.sampling]), () if copy is None else copy.levels
         return self._policy.lengths(sequences, num_joining)
 
     def draft(self, slots: Sequence[DraftSlot]) -> None:
@@ -92,7 +82,7 @@ class Speculator:
             if state.copy is not None and state.draftable.is_copied:
                 state.source = "lookup"
                 slot.request.draft_token_ids += state.copy.token_ids[: slot.num_tokens]
-                state.confidence = state.copy.repeat.levels[: slot.num_tokens]
+                state.confidence = state.copy.levels[: slot.num_tokens]
             else:
                 state.source = self._proposer.source
                 drafting.append(slot)
@@ -111,19 +101,13 @@ class Speculator:
             return
         chains = []
         for request in requests:
-            state, greedy = request.draft_state, all_greedy([request.sampling])
-            state.chain = Chain(request.draft_token_ids, state.confidence, greedy, state.draftable.is_copied)
-            chains.append(state.chain)
+            request.draft_state.chain = chain = Chain(request.draft_token_ids, request.draft_state.confidence)
+            chains.append(chain)
         lengths = self._policy.worth_verifying([request.draft_state.draftable for request in requests], chains)
         for request, length in zip(requests, lengths, strict=True):  # another list: the chain keeps this one
             request.draft_token_ids = request.draft_token_ids[:length]
 
-    def learn(
-        self,
-        verified: Sequence[Verification],
-        logits: torch.Tensor,
-        features: Features | None,
-    ) -> float:
+    def learn(self, verified: Sequence[Verification], logits: torch.Tensor, features: Features | None) -> float:
         """Follow a verified step, before it is committed.
 
         Args:
@@ -138,9 +122,7 @@ class Speculator:
             [one.sequence for one in verified], [one.num_chosen for one in verified], features
         )
         first_right = self._judge(verified)
-        likely = None
-        if self._verify_log is not None:
-            likely = self._verify_log.write(verified, logits, first_right)
+        likely = None if self._verify_log is None else self._verify_log.write(verified, logits, first_right)
         seconds = 0.0
         if self._vocab is not None:
             started = time.perf_counter()
@@ -180,12 +162,12 @@ class Speculator:
             if not one.kept:
                 continue
             if copy is not None:
-                self._policy.record_copy(state.draftable, copy.repeat, _outcomes(copy.token_ids, one.kept))
+                self._policy.record_copy(state.draftable, _outcomes(copy.token_ids, one.kept))
             if chain is not None:
-                outcomes, repeat = _outcomes(chain.token_ids, one.kept), copy.repeat if copy else None
-                self._policy.record_drafts(state.draftable, chain, outcomes, repeat)
-                first_right[one.request.request_id] = None if chain.copied else outcomes[0]
-                if not chain.copied and state.source == "draft":
+                outcomes, is_copied = _outcomes(chain.token_ids, one.kept), state.draftable.is_copied
+                self._policy.record_drafts(state.draftable, chain, outcomes)
+                first_right[one.request.request_id] = None if is_copied else outcomes[0]
+                if not is_copied and state.source == "draft":
                     self._alarm.record(sum(outcomes))
         return first_right
 

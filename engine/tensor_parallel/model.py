@@ -1,40 +1,92 @@
-"""A target whose parts are on several ranks, as rank 0 sees it."""
+"""A target whose parts are on several ranks: what each rank computes of it, and the whole, as rank 0 sees it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+from operator import attrgetter
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from engine.attention.base import AttentionBackend
 from engine.batch import ForwardBatch, ForwardOutput
-from engine.config import EngineConfig
-from engine.loader import LoadedModel, load
-from engine.models.config import ModelFiles, ModelSpec
-from engine.models.decoder import HeadSlab
-from engine.tensor_parallel.processes import ends_with_the_group, start_ranks
-from engine.tensor_parallel.ranks import Argument
-from engine.tensor_parallel.shard import Shard
-from kernels.head_rows import TailSlabs
+from engine.config import CacheConfig
+from engine.loader import LoadedModel
+from engine.model_runner import attention_spec
+from engine.models.decoder import HeadSlab, TorchDecoder
+from engine.tensor_parallel.ranks import Argument, Ranks, ends_with_the_group
+from kernels.draft_head import draft_head_topk
+from kernels.head_rows import EMPTY, Core, TailSlabs
 from kernels.topk import topk_rows_by_keys
 
 
-def load_target(config: EngineConfig, files: ModelFiles, spec: ModelSpec) -> LoadedModel:
-    """Load the target on as many ranks as the configuration wants, of which this process is rank 0.
+class Shard:
+    """This rank's part of all that is shared. All ranks run the same methods in the same order, as rank 0 calls them.
 
-    Raises:
-        ModelError: as ``load`` does, or there are fewer GPUs than ranks.
+    ``loaded`` is this rank's share of the target.
     """
-    if config.runtime.tensor_parallel_size == 1:
-        return load(config, files, spec)
-    spec.share(config.runtime.tensor_parallel_size)  # or nothing is started
-    ranks = start_ranks(config)
-    loaded = load(config, files, spec, ranks=ranks)
-    model = ShardedModel(Shard(loaded, config.cache, ranks))
-    return replace(loaded, model=model, all_ranks=model)
+
+    def __init__(self, loaded: LoadedModel, cache: CacheConfig, ranks: Ranks) -> None:
+        assert isinstance(loaded.model, TorchDecoder)
+        self.model, self.ranks = loaded.model, ranks
+        self.loaded, self._cache = loaded, cache
+
+    def follow(self) -> NoReturn:
+        """At any rank but 0: run what rank 0 calls, until the process is killed."""
+        while True:
+            self.run(*self.ranks.receive())
+
+    @torch.inference_mode()
+    def run(self, name: str, arguments: Sequence[Argument]) -> Any:
+        """Run a method by its name, which may be one of the model's (``model.embed``) or of the tails'."""
+        return attrgetter(name)(self)(*arguments)
+
+    def allocate(self, num_blocks: int) -> AttentionBackend:
+        """Make this rank's part of the KV cache."""
+        self._attention = self.loaded.make_attention(attention_spec(self.loaded, self._cache, num_blocks))
+        return self._attention
+
+    def forward(self, capture: Sequence[int], *batch: Any) -> ForwardOutput:
+        """As the model's; ``batch``: the tensors of a ``ForwardBatch``."""
+        return self.model.forward(ForwardBatch(*batch), self._attention, capture)
+
+    def make_core(self, token_ids: torch.Tensor | None) -> int:
+        """Take this rank's part of a draft's core (None: all tokens); returns the bytes of what is copied for it."""
+        mine = self.ranks.share(self.model.spec.vocab_size if token_ids is None else len(token_ids))
+        if token_ids is None:
+            ids, rows = torch.arange(mine.start, mine.stop, device=self.loaded.device), self.model.lm_head
+        else:
+            ids, rows = token_ids[mine], self.model.head_rows(token_ids)[mine].clone()
+        self._core = Core(lambda hidden: F.linear(hidden, rows).float(), ids.int(), rows)
+        return 0 if token_ids is None else rows.nbytes
+
+    def make_tails(self, num_slabs: int, slots: int) -> TailSlabs:
+        """Make this rank's part of all tails. Slot s is at the rank s modulo their number."""
+        spec, each = self.model.spec, -(-slots // self.ranks.size)
+        where = self.loaded.dtype, self.loaded.device
+        self.tails = TailSlabs(self.model.head_rows, num_slabs, each, spec.hidden_size, *where)
+        return self.tails
+
+    def write_tails(self, slabs: torch.Tensor, slots: torch.Tensor, token_ids: torch.Tensor) -> None:
+        """Put tokens [n] into slots [n] of slabs [n]."""
+        rows = self.model.head_rows(token_ids)
+        mine = slots % self.ranks.size == self.ranks.rank
+        self.tails.put(slabs[mine], slots[mine] // self.ranks.size, token_ids[mine], rows[mine])
+
+    def candidates(
+        self, count: int, hidden: torch.Tensor, slabs: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The largest logits [N, size * count] of each rank's part of core and tails, and their token ids; at rank 0.
+
+        ``hidden`` and ``slabs`` are as for ``draft_head_topk``.
+        """
+        tails = None if slabs is None else self.tails
+        logits, token_ids = draft_head_topk(hidden, self._core, count, tails, slabs)
+        lacking = (0, count - logits.shape[1])
+        padded = F.pad(logits, lacking, value=-torch.inf), F.pad(token_ids, lacking, value=EMPTY)
+        return self.ranks.gather(padded[0]), self.ranks.gather(padded[1])
 
 
 class ShardedModel:
@@ -62,17 +114,17 @@ class ShardedModel:
         return output
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
-        rows: torch.Tensor = self.call("embed", token_ids)
+        rows: torch.Tensor = self.call("model.embed", token_ids)
         return rows
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         if not len(hidden):  # a step of unfinished prompts
             return torch.empty(0, self._shard.model.spec.vocab_size, device=hidden.device)
-        logits: torch.Tensor = self.call("compute_logits", hidden)
+        logits: torch.Tensor = self.call("model.compute_logits", hidden)
         return logits
 
     def head_rows(self, token_ids: torch.Tensor) -> torch.Tensor:
-        rows: torch.Tensor = self.call("head_rows", token_ids)
+        rows: torch.Tensor = self.call("model.head_rows", token_ids)
         return rows
 
     def head_slab(self, token_ids: torch.Tensor | None) -> HeadSlab:
@@ -93,13 +145,7 @@ class ShardedModel:
 
 
 class ShardedTails:
-    """Tails of sessions (a ``TailMemory``) whose slots are spread over the ranks.
-
-    Args:
-        model: of whose head their rows are.
-        slots: tokens in each tail.
-        own: the part of rank 0.
-    """
+    """Tails of sessions (a ``TailMemory``) whose ``slots`` are spread over the ranks; ``own``: the part of rank 0."""
 
     def __init__(self, model: ShardedModel, slots: int, own: TailSlabs) -> None:
         self._model, self.slots, self.num_bytes = model, slots, own.num_bytes
@@ -111,4 +157,4 @@ class ShardedTails:
 
     def clear(self, slab: int) -> None:
         """As ``TailSlabs.clear``."""
-        self._model.call("clear_tail", slab)
+        self._model.call("tails.clear", slab)

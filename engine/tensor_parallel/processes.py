@@ -6,7 +6,6 @@ supervisor starts it again, with new ones; where the engine ends, however it doe
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import signal
@@ -14,33 +13,41 @@ import socket
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Iterator
+from dataclasses import replace
 
 import structlog
 import torch
 
 from engine.config import CONFIG_VARIABLE, EngineConfig
-from engine.loader import choose_device, load
+from engine.loader import LoadedModel, choose_device, load
 from engine.log import configure_logging_from_environment
-from engine.models.config import ModelError
+from engine.models.config import ModelError, ModelFiles, ModelSpec
 from engine.models.registry import resolve_model, validate_model_files
-from engine.tensor_parallel.ranks import LOOPBACK, Ranks
-from engine.tensor_parallel.shard import Shard
+from engine.tensor_parallel.model import Shard, ShardedModel
+from engine.tensor_parallel.ranks import LOOPBACK, Ranks, ends_with_the_group
 
 log = structlog.get_logger(__name__)
 
-_PATIENCE = 10.0
-"""Seconds within which a process ends whose group has lost a rank."""
 _PR_SET_PDEATHSIG = 1
 
 
-def start_ranks(config: EngineConfig) -> Ranks:
-    """Start the other ranks, and make the group; they load their shares of the model by themselves.
+def load_target(config: EngineConfig, files: ModelFiles, spec: ModelSpec) -> LoadedModel:
+    """Load the target on as many ranks as the configuration wants, of which this process is rank 0.
 
     Raises:
-        ModelError: there are fewer GPUs than ranks.
+        ModelError: as ``load`` does, or there are fewer GPUs than ranks.
     """
+    if config.runtime.tensor_parallel_size == 1:
+        return load(config, files, spec)
+    spec.share(config.runtime.tensor_parallel_size)  # or nothing is started
+    ranks = _start_ranks(config)
+    loaded = load(config, files, spec, ranks=ranks)
+    model = ShardedModel(Shard(loaded, config.cache, ranks))
+    return replace(loaded, model=model, all_ranks=model)
+
+
+def _start_ranks(config: EngineConfig) -> Ranks:
+    """Start the other ranks, and make the group; they load their shares of the model by themselves."""
     size, device_type = config.runtime.tensor_parallel_size, choose_device(config.runtime.device).type
     if device_type == "cuda" and torch.cuda.device_count() < size:
         raise ModelError(f"runtime.tensor_parallel_size is {size}, but there are {torch.cuda.device_count()} GPUs")
@@ -61,16 +68,6 @@ def _end_with(rank: int, process: subprocess.Popen[bytes]) -> None:
     status = process.wait()
     log.critical("a rank has died, and the engine ends with it", rank=rank, pid=process.pid, exit_status=status)
     os._exit(1)
-
-
-@contextlib.contextmanager
-def ends_with_the_group() -> Iterator[None]:
-    """Around collectives: they fail where a rank has died. What is to be said about that, the engine says."""
-    try:
-        yield
-    except RuntimeError:
-        time.sleep(_PATIENCE)
-        raise
 
 
 def main() -> None:

@@ -7,8 +7,10 @@ each with its share of the weights.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from functools import reduce
 
@@ -21,6 +23,9 @@ LOOPBACK = "127.0.0.1"
 _HEADER_BYTES = 4096
 _FOR_EVER = timedelta(days=3650)
 """Ranks wait for rank 0, which may have nothing to do. Where one has died, the engine ends: see ``processes``."""
+
+_PATIENCE = 10.0
+"""Seconds within which a process ends whose group has lost a rank."""
 
 Argument = torch.Tensor | int | Sequence[int] | None
 
@@ -47,8 +52,7 @@ class Ranks:
     """This process's place in the group. Collective methods are called by all ranks in the same order.
 
     Args:
-        rank: of this process, from 0 on.
-        size: how many ranks there are.
+        rank, size: of this process, and how many there are.
         device_type: "cuda" or "cpu"; on CUDA, rank r has the device of number r.
         port: of this machine, where the ranks find each other.
         listener: at rank 0, the descriptor of a socket that listens there; it is taken over.
@@ -108,6 +112,16 @@ class Ranks:
         dist.broadcast(data, 0)
         parts = iter(torch.split(data, sizes))
         return call.name, [_tensor(next(parts), one) if isinstance(one, _Tensor) else one for one in call.arguments]
+
+
+@contextlib.contextmanager
+def ends_with_the_group() -> Iterator[None]:
+    """Around collectives: they fail where a rank has died. What is to be said about that, the engine says."""
+    try:
+        yield
+    except RuntimeError:
+        time.sleep(_PATIENCE)
+        raise
 
 
 def _described(argument: Argument) -> _Tensor | int | list[int] | None:

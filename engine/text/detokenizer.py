@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import zip_longest
-from typing import Protocol
 
 import numpy as np
 
@@ -13,27 +12,20 @@ _NO_CHARACTER = "\ud800"
 """What fills up shorter stop strings: half of a character, which no text has."""
 
 
-class TokenBytes(Protocol):
-    """What detokenisation needs of ``engine.text.tokenizer.Tokenizer``."""
-
-    def token_bytes(self, token_id: int) -> bytes:
-        """The bytes a token stands for; empty for special tokens and ids beyond the vocabulary."""
-
-
 class IncrementalDetokenizer:
-    """Turns token ids into text, chunk by chunk.
+    """Turns token ids into text, chunk by chunk. ``token_bytes``: as ``Tokenizer.token_bytes``.
 
     The chunks, joined, are the decoding of all ids, however they were split. A character whose bytes
     span tokens appears once it is complete. Bytes that are no UTF-8 become U+FFFD; special tokens vanish.
     """
 
-    def __init__(self, tokenizer: TokenBytes) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, token_bytes: Callable[[int], bytes]) -> None:
+        self._token_bytes = token_bytes
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_ids: Iterable[int]) -> str:
         """The text that these tokens complete."""
-        return self._decoder.decode(b"".join(map(self._tokenizer.token_bytes, token_ids)))
+        return self._decoder.decode(b"".join(map(self._token_bytes, token_ids)))
 
     def finish(self) -> str:
         """What is left of an incomplete character, as U+FFFD."""
@@ -71,9 +63,7 @@ class StopStringFinder:
         self._first_characters = {one[0] for one in self._stop}
         self._places = _Places(self._stop)
         self._firsts = (1 << len(self._stop)) - 1
-        self._ends = 0
-        for number, one in enumerate(self._stop):
-            self._ends |= 1 << (len(one) - 1) * len(self._stop) + number
+        self._ends = sum(1 << (len(one) - 1) * len(self._stop) + number for number, one in enumerate(self._stop))
         self._bits = 0
         self._length = 0
 

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tokenizers import AddedToken, Regex, Tokenizer
-from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers
 from tokenizers.models import BPE
-from tokenizers.normalizers import NFC
 from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer, Sequence, Split
 from tokenizers.processors import TemplateProcessing
 
 from engine.models.config import ModelError
 from engine.models.gguf_file import GGUFFile
 from engine.models.gguf_spec import CONTROL_TOKEN
-from engine.text.gguf_sentencepiece import sentencepiece_backend
 
-_USER_DEFINED_TOKEN, _UNUSED_TOKEN = 4, 5
+_NORMAL_TOKEN, _USER_DEFINED_TOKEN, _UNUSED_TOKEN = 1, 4, 5
+_SPACE = "▁"
 _KEEP_SPACE_IN_PHI3 = {"<unk>", "<s>", "<|endoftext|>"}
 """Phi-3's other tokens that are found as they are written take the white space after them, which no GGUF file says."""
 _CONTRACTIONS_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -59,7 +57,7 @@ def gguf_backend(file: GGUFFile) -> Tokenizer:
     types = file.get_list("tokenizer.ggml.token_type", int)
     if not tokens or len(tokens) != len(types) or len(set(tokens)) != len(tokens):
         raise ModelError(f"{len(tokens)} tokens ({len(set(tokens))} different) with {len(types)} token types")
-    backend = sentencepiece_backend(file, tokens, types) if kind == "llama" else _byte_level(file, pre, tokens, types)
+    backend = _sentencepiece(file, tokens, types) if kind == "llama" else _byte_level(file, pre, tokens, types)
     backend.add_special_tokens(_added(file, tokens, types, CONTROL_TOKEN))
     backend.add_tokens(_added(file, tokens, types, _USER_DEFINED_TOKEN))
     add_bos = file.get("tokenizer.ggml.add_bos_token", bool)
@@ -82,21 +80,61 @@ def _byte_level(file: GGUFFile, pre: str, tokens: list[str], types: list[int]) -
     """Without its special tokens."""
     if pre not in _PRE_TOKENIZERS:
         raise ModelError(f"pre-tokenizer {pre!r} is not supported (supported: {', '.join(_PRE_TOKENIZERS)})")
-    backend = Tokenizer(_bpe(file, tokens, types, ignore_merges=pre in ("llama-bpe", "gpt-4o")))
-    if pre == "qwen2":
-        backend.normalizer = NFC()
-    backend.pre_tokenizer = _PRE_TOKENIZERS[pre]()
-    backend.decoder = ByteLevelDecoder()
-    return backend
-
-
-def _bpe(file: GGUFFile, tokens: list[str], types: list[int], ignore_merges: bool) -> BPE:
     # Unused tokens only fill the vocabulary up to the model's size.
     vocab = {token: index for index, token in enumerate(tokens) if types[index] != _UNUSED_TOKEN}
     merges = [
         (left, right) for left, _, right in (m.partition(" ") for m in file.get_list("tokenizer.ggml.merges", str))
     ]
     try:
-        return BPE(vocab=vocab, merges=merges, ignore_merges=ignore_merges)
+        backend = Tokenizer(BPE(vocab=vocab, merges=merges, ignore_merges=pre in ("llama-bpe", "gpt-4o")))
     except Exception as error:  # the library raises bare Exception for a merge of unknown tokens
         raise ModelError(f"inconsistent BPE merges: {error}") from error
+    if pre == "qwen2":
+        backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = _PRE_TOKENIZERS[pre]()
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _sentencepiece(file: GGUFFile, tokens: list[str], types: list[int]) -> Tokenizer:
+    """Without its special tokens.
+
+    SentencePiece merges, again and again, the two neighbours whose union has the highest score; the library merges
+    those whose pair comes first in a list. So every pair of tokens whose union is a token is listed, by the union's
+    score.
+    """
+    scores = file.get_list("tokenizer.ggml.scores", float)
+    if len(scores) != len(tokens):
+        raise ModelError(f"{len(tokens)} tokens with {len(scores)} scores")
+    unknown = file.get("tokenizer.ggml.unknown_token_id", int) or 0
+    if not 0 <= unknown < len(tokens):
+        raise ModelError(f"the unknown token {unknown} does not exist")
+    normal = {token: scores[index] for index, token in enumerate(tokens) if types[index] == _NORMAL_TOKEN}
+    backend = Tokenizer(
+        BPE(
+            vocab={token: index for index, token in enumerate(tokens) if types[index] != _UNUSED_TOKEN},
+            merges=_merges(normal),
+            unk_token=tokens[unknown],
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    spaces = normalizers.Replace(" ", _SPACE)
+    text = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if file.get("tokenizer.ggml.add_space_prefix", bool) is False:
+        backend.normalizer, backend.decoder = spaces, decoders.Sequence(text)
+    else:
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), spaces])
+        backend.decoder = decoders.Sequence([*text, decoders.Strip(" ", 1, 0)])
+    return backend
+
+
+def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
+    """Pairs of tokens whose union is one, that with the highest score first."""
+    pairs = [
+        (-score, token[:cut], token[cut:])
+        for token, score in scores.items()
+        for cut in range(1, len(token))
+        if token[:cut] in scores and token[cut:] in scores
+    ]
+    return [(left, right) for _, left, right in sorted(pairs, key=lambda pair: pair[0])]

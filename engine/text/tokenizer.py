@@ -13,29 +13,33 @@ import tokenizers
 from engine.models.config import ModelError, ModelFiles
 from engine.models.gguf_file import GGUFFile
 from engine.models.gguf_spec import spec_from_gguf
-from engine.models.safetensors_spec import read_json, read_spec
+from engine.models.safetensors_spec import read_config, read_json
 from engine.text.chat_template import ChatTemplate, ChatTemplateError
 from engine.text.gguf_tokenizer import gguf_backend
 from engine.text.token_bounds import LeastTokens
 
 _NAMED_TOKENS = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
+_GAP_MARKS = (
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),  # Qwen2.5-Coder, CodeGemma
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),  # StarCoder, Granite
+    ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),  # DeepSeek-Coder
+)
+"""To fill a gap: before what precedes the gap, before what follows it, and before what is missing."""
+_VISIBLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+_HIDDEN = [byte for byte in range(256) if byte not in _VISIBLE]
+_BYTE_OF_CHAR = {chr(byte): byte for byte in _VISIBLE} | {chr(256 + n): byte for n, byte in enumerate(_HIDDEN)}
+"""GPT-2's printable stand-ins: visible Latin-1 characters are themselves, the other bytes follow from U+0100."""
 _BYTE_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class Tokenizer:
     """Encodes and decodes text with the ``tokenizers`` library.
 
-    >>> tokenizer = Tokenizer.from_files(resolve_model(ModelConfig()))
-    >>> tokenizer.decode(tokenizer.encode("Hello"))
-    'Hello'
-
     ``vocab_size`` is the model's number of rows; it may exceed the number of tokens.
     ``eos_token_ids`` end a generation. ``special_token_ids`` have no text.
     ``least_tokens(text)``: how many tokens a text has at least. ``chat_template``: None if the model has none.
-    ``named_tokens``: ``bos_token``, ``eos_token`` and the like by these names, as far as there are any.
-
-    Args:
-        named_tokens: what the model's files call them, None for those that it does without; the others go by their ids.
+    ``named_tokens``: ``bos_token``, ``eos_token`` and the like by these names, as far as there are any; given are those
+    that the model's files name, None for those that it does without, and the others go by their ids.
     """
 
     def __init__(
@@ -51,23 +55,20 @@ class Tokenizer:
         backend.no_padding()
         self.backend = backend
         self.vocab_size = vocab_size
-        self.bos_token_id = bos_token_id
         self.eos_token_ids = eos_token_ids
         added = backend.get_added_tokens_decoder()
         self.special_token_ids = frozenset(index for index, token in added.items() if token.special)
         self._token_bytes = _token_byte_table(backend, vocab_size)
         self.least_tokens = LeastTokens(backend, self._token_bytes)
-        names = {**self._tokens_named_by_id(), **(named_tokens or {})}
+        by_id = {"bos_token": bos_token_id, "eos_token": next(iter(eos_token_ids), None)}
+        names = {name: None if index is None else self.id_to_token(index) for name, index in by_id.items()}
+        names |= named_tokens or {}
         self.named_tokens = {name: token for name, token in names.items() if token is not None}
         self.chat_template = None if chat_template is None else ChatTemplate(chat_template, self.named_tokens)
 
     @classmethod
     def from_files(cls, files: ModelFiles) -> Tokenizer:
-        """The tokenizer of a model.
-
-        Raises:
-            ModelError: missing, corrupt or unsupported tokenizer.
-        """
+        """The tokenizer of a model; ``ModelError`` if it is missing, corrupt or not supported."""
         try:
             return _from_gguf(files.path) if files.format == "gguf" else _from_directory(files.path)
         except ChatTemplateError as error:
@@ -136,9 +137,12 @@ class Tokenizer:
             return self.encode("".join(f"{message['content']}\n\n" for message in messages))
         return self.encode(self.apply_chat_template(messages), add_special_tokens=False)
 
-    def _tokens_named_by_id(self) -> dict[str, str | None]:
-        ids = {"bos_token": self.bos_token_id, "eos_token": next(iter(self.eos_token_ids), None)}
-        return {name: None if index is None else self.id_to_token(index) for name, index in ids.items()}
+    def fill_in_prompt(self, before: str, after: str) -> str | None:
+        """The prompt that asks for what is between two texts; None where the model has no tokens that say so."""
+        for first, second, third in _GAP_MARKS:
+            if all(self.backend.token_to_id(mark) is not None for mark in (first, second, third)):
+                return first + before + second + after + third
+        return None
 
 
 def _from_gguf(path: Path) -> Tokenizer:
@@ -160,7 +164,7 @@ def _from_directory(directory: Path) -> Tokenizer:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
         raise ModelError(f"{path}: cannot be read: {error}") from error
-    spec = read_spec(directory)
+    spec, _ = read_config(directory)
     path, file = directory / "tokenizer_config.json", directory / "chat_template.jinja"
     config = read_json(path) if path.is_file() else {}
     try:
@@ -222,13 +226,3 @@ def _sentencepiece_bytes(token: str) -> bytes:
     if match := _BYTE_FALLBACK.fullmatch(token):
         return bytes([int(match[1], 16)])
     return token.replace("▁", " ").encode()
-
-
-def _byte_of_char() -> dict[str, int]:
-    """GPT-2's printable stand-ins: visible Latin-1 characters are themselves, the other bytes follow from U+0100."""
-    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    hidden = [byte for byte in range(256) if byte not in visible]
-    return {chr(byte): byte for byte in visible} | {chr(256 + n): byte for n, byte in enumerate(hidden)}
-
-
-_BYTE_OF_CHAR = _byte_of_char()

@@ -80,15 +80,13 @@ def gumbel_argmax_triton(
     keys: torch.Tensor,
     token_ids: torch.Tensor | None = None,
     *,
-    temperatures: torch.Tensor | None = None,
+    temperatures: torch.Tensor,
     least: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As ``kernels.gumbel_argmax.gumbel_argmax`` where all is allowed; ``keys`` are its ``row_keys``."""
     rows, columns = logits.shape
     if logits.stride(1) != 1:
         logits = logits.contiguous()
-    if temperatures is None:
-        temperatures = torch.ones(rows, device=logits.device)
     pieces = triton.cdiv(columns, _BLOCK * _BLOCKS_PER_PROGRAM)
     scores = torch.empty(rows, pieces, device=logits.device)
     ids = torch.empty(rows, pieces, dtype=torch.int32, device=logits.device)

@@ -11,9 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.drafted_rounds import DraftedRounds
 from kernels.session_library import StateStruct
-from kernels.session_memory import SessionMemory, TableMemory
+from kernels.session_memory import DraftedRounds, SessionMemory, TableMemory
 from kernels.session_options import NUM_FEATURES, WAYS
 
 HASH = tl.constexpr(0x9E3779B97F4A7C15 - 2**64)  # as in C++, signed
@@ -159,16 +158,9 @@ def _prior_kernel(
 def add_priors_triton(
     memory: SessionMemory, of_rows: torch.Tensor, drafted: DraftedRounds, place: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Score the candidates of a round, and write their features.
+    """Score the candidates that ``drafted`` has for a round, and write their features; as ``GpuPrior.score``.
 
-    Args:
-        memory: of all rows.
-        of_rows: [N] int32, the session of each row; -1: none.
-        drafted: with the candidates, the tokens before this one, and what repeats say of it.
-        place: of this round.
-
-    Returns:
-        Scores [N, C] float32, and the token of each row with the largest [N] int32.
+    ``of_rows`` [N] int32: the session of each row; -1: none.
     """
     logits, features = drafted.logits(place), drafted.features(place)
     scores, best = torch.empty_like(logits), torch.empty_like(of_rows)

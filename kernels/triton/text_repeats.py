@@ -9,9 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.drafted_rounds import DraftedRounds
 from kernels.head_rows import HeadRows
-from kernels.session_memory import TextMemory
+from kernels.session_memory import DraftedRounds, TextMemory
 from kernels.session_options import MAX_REPEATS
 
 _REPEATS = tl.constexpr(MAX_REPEATS)  # that are looked at, and most tokens of one
@@ -165,16 +164,9 @@ def include_repeats_triton(
     drafted: DraftedRounds,
     place: int,
 ) -> None:
-    """Write the candidates of a round, and the last of their features.
+    """Write the candidates of a round, and the last of their features; arguments as for ``GpuPrior.score``.
 
-    Args:
-        found: logits [N, C] float32 and token ids [N, C] int32 of the candidates without repeats, the best first.
-        hidden: [N, hidden], from which they were found.
-        head: for the logits of tokens that become candidates.
-        texts: of all rows.
-        of_rows: [N] int32, the text of each row; -1: none.
-        drafted: where they go, and the tokens before this one.
-        place: of this round.
+    ``of_rows`` [N] int32: the text of each row; -1: none.
     """
     logits, token_ids = found
     features, columns = drafted.features(place), logits.shape[1]

@@ -1,24 +1,111 @@
-"""The answer of /v1/messages: the whole message, or the events of its stream."""
+"""What /v1/messages answers: the whole message, the events of its stream, and errors."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
-from server.anthropic.objects import (
-    Content,
-    MessageEvent,
-    MessageObject,
-    MessageUsage,
-    StopReason,
-    TextContent,
-    ThinkingContent,
-    ToolUseContent,
-    error_body,
-)
-from server.blocks_answer import BlocksAnswer
+import msgspec
+import structlog
+
+from server.answer import BlocksAnswer
 from server.errors import ApiError
 from server.sse import named_event
-from server.tools.blocks import Begin, Block, Change, End, More, is_ended_by_model
+from server.tools.blocks import Block, Change
+
+StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
+
+_ERROR_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
+
+class ErrorCause(msgspec.Struct, frozen=True):
+    """What went wrong."""
+
+    type: str
+    message: str
+
+
+class ErrorMessage(msgspec.Struct, frozen=True, tag_field="type", tag="error"):
+    """Body of every response of /v1/messages with status 400 or higher."""
+
+    error: ErrorCause
+    request_id: str | None = None
+
+    @classmethod
+    def of(cls, error: ApiError) -> ErrorMessage:
+        """An error in the shape of Anthropic's API."""
+        kind = _ERROR_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
+        request_id = structlog.contextvars.get_contextvars().get("request_id")
+        return cls(ErrorCause(kind, error.message), request_id)
+
+
+class TextContent(msgspec.Struct, frozen=True, tag_field="type", tag="text"):
+    """Text for the user."""
+
+    text: str
+    citations: None = None
+
+
+class ThinkingContent(msgspec.Struct, frozen=True, tag_field="type", tag="thinking"):
+    """What the model thought before it answered. Nothing is signed."""
+
+    thinking: str
+    signature: str = ""
+
+
+class ToolUseContent(msgspec.Struct, frozen=True, tag_field="type", tag="tool_use"):
+    """A call for the client to make. Its result goes into a block tool_result with this ``id``."""
+
+    id: str
+    name: str
+    input: dict[str, Any]
+
+
+Content = TextContent | ThinkingContent | ToolUseContent
+
+
+class MessageUsage(msgspec.Struct, frozen=True, kw_only=True):
+    """``input_tokens`` are those that were computed; the others of the prompt came from the prefix cache."""
+
+    input_tokens: int
+    cache_creation_input_tokens: int = 0
+    cache_read_input_tokens: int
+    output_tokens: int
+
+
+class MessageObject(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="message"):
+    """An answer. A call that was cut off is not in ``content``; ``stop_reason`` tells of it."""
+
+    id: str
+    role: Literal["assistant"] = "assistant"
+    model: str
+    content: list[Content]
+    stop_reason: StopReason | None
+    stop_sequence: str | None
+    usage: MessageUsage
+
+
+class MessageEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One event of a stream; which fields it has depends on its ``type``."""
+
+    type: str
+    message: MessageObject | None = None
+    index: int | None = None
+    content_block: Content | None = None
+    delta: dict[str, Any] | None = None
+    usage: MessageUsage | None = None
+
+
+class TokenCount(msgspec.Struct, frozen=True):
+    """Tokens of a conversation, as the model would see it."""
+
+    input_tokens: int
 
 
 class MessagesAnswer(BlocksAnswer):
@@ -37,12 +124,12 @@ class MessagesAnswer(BlocksAnswer):
     def change(self, change: Change) -> bytes:
         """A block of the content begins, goes on or ends."""
         index = change.block.index
-        match change:
-            case Begin():
+        match change.kind:
+            case "begin":
                 return _event("content_block_start", index=index, content_block=_content(change.block))
-            case More():
+            case "more":
                 return _event("content_block_delta", index=index, delta=_delta(change.block, change.text))
-            case End():
+            case "end":
                 return _event("content_block_stop", index=index)
 
     async def end(self) -> bytes:
@@ -52,7 +139,7 @@ class MessagesAnswer(BlocksAnswer):
 
     def encode_failure(self, error: ApiError) -> bytes:
         """An event with the error."""
-        return named_event("error", error_body(error))
+        return named_event("error", ErrorMessage.of(error))
 
     def _message(self, content: list[Content], reason: StopReason | None, sequence: str | None) -> MessageObject:
         return MessageObject(
@@ -71,7 +158,7 @@ class MessagesAnswer(BlocksAnswer):
         if isinstance(self._last.stop_reason, str):
             return "stop_sequence"
         has_calls = any(block.kind == "call" and block.arguments() is not None for block in self._writer.blocks)
-        return "tool_use" if has_calls and is_ended_by_model(self._last) else "end_turn"
+        return "tool_use" if has_calls and self._last.is_ended_by_model else "end_turn"
 
     def _stop_sequence(self) -> str | None:
         assert self._last is not None

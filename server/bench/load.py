@@ -108,7 +108,6 @@ def summarise(results: Sequence[StreamResult], seconds: float, cpu_seconds: floa
 
 
 def request_body(options: LoadOptions, messages: Messages) -> tuple[str, dict[str, Any]]:
-    """URL and JSON body for one prompt."""
     body: dict[str, Any] = {
         "model": options.model,
         "max_tokens": options.max_tokens,

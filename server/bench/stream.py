@@ -119,14 +119,12 @@ class _StreamProtocol(asyncio.Protocol):
         status = self._parser.get_status_code()
         if status != 200:
             self._finish(f"HTTP {status}: {self._buffer.decode(errors='replace')[:300]}")
-        elif self.result.finish_reason is None:
-            self._finish("stream ended without a finish reason")
         else:
-            self._finish(None)
+            self._end_stream()
 
     def _on_event(self, data: bytes) -> None:
         if data == b"[DONE]":  # some servers end the stream with the connection
-            self._finish(None if self.result.finish_reason else "stream ended without a finish reason")
+            self._end_stream()
             return
         event = self._decoder.decode(data)
         if event.error is not None:
@@ -144,6 +142,9 @@ class _StreamProtocol(asyncio.Protocol):
                 self.result.text_parts.append(text)
             if choice.finish_reason is not None:
                 self.result.finish_reason = choice.finish_reason
+
+    def _end_stream(self) -> None:
+        self._finish(None if self.result.finish_reason else "stream ended without a finish reason")
 
     def _finish(self, error: str | None) -> None:
         if self.done.done():

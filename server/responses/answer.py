@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from server.blocks_answer import BlocksAnswer
+from server.answer import BlocksAnswer
 from server.errors import ApiError
 from server.generation import Generation
 from server.responses.conversation import encode_stored
@@ -35,9 +35,10 @@ from server.schemas.chat import ChatCompletionRequest
 from server.serving import Serving
 from server.sse import named_event
 from server.tenants import Tenant
-from server.tools.blocks import Begin, Block, Change, End, More
+from server.tools.blocks import Block, Change
 
 _PREFIXES = {"text": "msg", "call": "fc", "thoughts": "rs"}
+_TEXTS = {"text": "output_text", "call": "function_call_arguments", "thoughts": "reasoning_text"}
 
 
 class ResponsesAnswer(BlocksAnswer):
@@ -73,18 +74,20 @@ class ResponsesAnswer(BlocksAnswer):
     def change(self, change: Change) -> bytes:
         """An item of the output begins, goes on or ends."""
         block = change.block
-        match change:
-            case Begin():
-                events = self._event("response.output_item.added", block, item=_item(block, "in_progress"))
-                if block.kind != "call":
-                    events += self._part("response.content_part.added", block)
-                return events
-            case More():
-                return self._more(block, change.text)
-            case End():
+        match change.kind:
+            case "begin":
+                added = self._event("response.output_item.added", block, item=_item(block, "in_progress"))
+                return added if block.kind == "call" else added + self._part("added", block)
+            case "more":
+                return self._text("delta", block, delta=change.text)
+            case "end":
                 item = _item(block, "completed" if block.is_whole else "incomplete")
                 self._output.append(item)
-                return self._text_done(block) + self._event("response.output_item.done", block, item=item)
+                if block.kind == "call":
+                    done = self._text("done", block, name=block.name, arguments=block.text)
+                else:
+                    done = self._text("done", block, text=block.text) + self._part("done", block)
+                return done + self._event("response.output_item.done", block, item=item)
 
     async def end(self) -> bytes:
         """Keep the conversation, then send the whole response."""
@@ -118,33 +121,16 @@ class ResponsesAnswer(BlocksAnswer):
         stored = await serving.work.run(tenant, 4 * size, encode_stored, self._items, response)
         return await serving.responses.save(tenant, response.id, stored)
 
-    def _more(self, block: Block, text: str) -> bytes:
-        match block.kind:
-            case "text":
-                return self._text("response.output_text.delta", block, delta=text, logprobs=[])
-            case "thoughts":
-                return self._text("response.reasoning_text.delta", block, delta=text)
-            case "call":
-                return self._event("response.function_call_arguments.delta", block, delta=text)
+    def _text(self, what: str, block: Block, **fields: Any) -> bytes:
+        if block.kind != "call":
+            fields["content_index"] = 0
+        if block.kind == "text":
+            fields["logprobs"] = []
+        return self._event(f"response.{_TEXTS[block.kind]}.{what}", block, **fields)
 
-    def _text_done(self, block: Block) -> bytes:
-        match block.kind:
-            case "text":
-                done = self._text("response.output_text.done", block, text=block.text, logprobs=[])
-            case "thoughts":
-                done = self._text("response.reasoning_text.done", block, text=block.text)
-            case "call":
-                return self._event(
-                    "response.function_call_arguments.done", block, name=block.name, arguments=block.text
-                )
-        return done + self._part("response.content_part.done", block)
-
-    def _part(self, kind: str, block: Block) -> bytes:
+    def _part(self, what: str, block: Block) -> bytes:
         part = OutputText(block.text) if block.kind == "text" else ThoughtText(block.text)
-        return self._text(kind, block, part=part)
-
-    def _text(self, kind: str, block: Block, **fields: Any) -> bytes:
-        return self._event(kind, block, content_index=0, **fields)
+        return self._event(f"response.content_part.{what}", block, content_index=0, part=part)
 
     def _event(self, kind: str, block: Block | None = None, **fields: Any) -> bytes:
         if block is not None:

@@ -15,9 +15,6 @@ from server.schemas.fields import CommonFields
 from server.schemas.tools import MAX_TOOLS, Arguments, ToolName
 from server.schemas.unsupported import NEUTRAL, UNSUPPORTED
 
-MAX_ID_CHARS = 128
-
-
 _SYNONYMS = {
     "messages": "input",
     "prompt": "input",
@@ -172,7 +169,7 @@ class ResponsesRequest(CommonFields):
         default=None, description="A system message before all others, for this answer only."
     )
     previous_response_id: str | None = Field(
-        default=None, max_length=MAX_ID_CHARS, description="Of an answer that was stored; its conversation goes on."
+        default=None, max_length=128, description="Of an answer that was stored; its conversation goes on."
     )
     store: bool | None = Field(
         default=None, description="false: nothing of this is kept, and no request can go on from the answer."

@@ -4,17 +4,41 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
+import msgspec
 from fastapi import APIRouter, Depends, Path, Request
 from fastapi.security import HTTPBearer
 from starlette.responses import Response
 
-from engine.online.adapter_control import AdapterCommand
+from engine.online.adapter_control import AdapterCommand, AdapterStatus, WorkerStatus
 from server.errors import ApiError
 from server.json_bodies import JsonResponse
 from server.openapi import errors, success
-from server.schemas.adapters import AcceptedCommand, Adapter, AdapterList
 from server.serving import CurrentServing
 from server.tenants import is_admin
+
+
+class Adapter(msgspec.Struct, frozen=True, kw_only=True):
+    """An adapter key, and what the worker reports of it."""
+
+    key: str
+    status: AdapterStatus
+
+
+class AdapterList(msgspec.Struct, frozen=True, kw_only=True):
+    """All keys that the worker has in hand, and the worker itself; None if none ever ran."""
+
+    object: Literal["list"] = "list"
+    worker: WorkerStatus | None
+    data: list[Adapter]
+
+
+class AcceptedCommand(msgspec.Struct, frozen=True, kw_only=True):
+    """The worker will carry it out within seconds, or when it is back."""
+
+    object: Literal["adapter.command"] = "adapter.command"
+    key: str
+    action: str
+
 
 # Documents the header; ``require_admin`` is what checks it.
 _bearer = HTTPBearer(auto_error=False, description="Admin key")
@@ -31,7 +55,7 @@ async def require_admin(request: Request, _: Annotated[Any, Depends(_bearer)]) -
 router = APIRouter(dependencies=[Depends(require_admin)])
 
 
-@router.get("/v1/adapters", responses={**success(AdapterList), **errors(401, 503)})
+@router.get("/v1/adapters", responses=success(AdapterList) | errors(401, 503))
 async def list_adapters(serving: CurrentServing) -> Response:
     """What the adapters worker reported last."""
     worker, adapters = await serving.adapters.status()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter
 from starlette.responses import Response
 
 from engine.messages import TokenLogprob
@@ -22,17 +22,14 @@ from server.schemas.chat import (
     Delta,
 )
 from server.serving import CurrentServing, Serving
+from server.tools.answer_parser import AnswerParser
 from server.tools.message_writer import MessageWriter
 
 router = APIRouter(route_class=TenantRoute)
 
 
-@router.post(
-    "/v1/chat/completions",
-    responses={**success(ChatCompletion, ChatChunk), **errors(400, 401, 404, 413, 429, 503)},
-)
+@router.post("/v1/chat/completions", responses=success(ChatCompletion, ChatChunk) | errors())
 async def create_chat_completion(
-    request: Request,
     body: ChatCompletionRequest,
     tenant: CurrentTenant,
     work: CurrentWork,
@@ -41,7 +38,7 @@ async def create_chat_completion(
 ) -> Response:
     """Answer a conversation, whole or as a stream of events."""
     generation, is_thinking = await begin_chat(body, session_header, tenant, work, serving)
-    return await _ChatAnswer(body, generation, serving, is_thinking).respond(request.receive)
+    return await _ChatAnswer(body, generation, serving, is_thinking).respond(work.receive)
 
 
 class _ChatAnswer(ChoicesAnswer):
@@ -53,7 +50,8 @@ class _ChatAnswer(ChoicesAnswer):
         super().__init__(body, generation, serving)
         self._with_logprobs = body.logprobs
         self._writers = [
-            MessageWriter(serving.chat_format, bool(body.usable_tools), is_thinking) for _ in range(body.n or 1)
+            MessageWriter(AnswerParser(serving.chat_format, bool(body.usable_tools), is_thinking))
+            for _ in range(body.n or 1)
         ]
 
     def choice(self, pieces: list[Piece]) -> ChatChoice:

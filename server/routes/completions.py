@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter
 from starlette.responses import Response
 
+from engine.text.tokenizer import Tokenizer
 from server.answer import ChoicesAnswer
-from server.echo import with_echo
+from server.errors import bad_request
 from server.generation import Generation, Piece
 from server.logprobs import CompletionLogprobsFormatter, join_logprobs
 from server.openapi import errors, success
-from server.params import check_prompts, check_request, fit_max_tokens, to_sampling_params, tokenize_prompts
+from server.params import TokenizedPrompt, check_request, fit_max_tokens, to_sampling_params, tokenize_prompts
 from server.routes.tenant_route import CurrentTenant, CurrentWork, SessionHeader, TenantRoute
 from server.schemas.completions import (
     DEFAULT_MAX_TOKENS,
@@ -24,14 +27,12 @@ from server.schemas.completions import (
 from server.serving import CurrentServing, Serving
 
 router = APIRouter(route_class=TenantRoute)
+_MAX_ECHO = 16 * 1024**2
+"""Bytes in front of all completions of a request: of a prompt they are written once for each choice."""
 
 
-@router.post(
-    "/v1/completions",
-    responses={**success(Completion, Completion), **errors(400, 401, 404, 413, 429, 503)},
-)
+@router.post("/v1/completions", responses=success(Completion, Completion) | errors())
 async def create_completion(
-    request: Request,
     body: CompletionRequest,
     tenant: CurrentTenant,
     work: CurrentWork,
@@ -40,25 +41,31 @@ async def create_completion(
 ) -> Response:
     """Continue one or several prompts, whole or as a stream of events."""
     session_id = check_request(body, session_header, tenant, serving)
-    info = serving.engine_info
-    prompts = await tokenize_prompts(work, serving.tokenizer, body.prompt, info, body.suffix)
-    check_prompts(prompts, "prompt", info)
-    max_tokens = DEFAULT_MAX_TOKENS if body.asked_tokens is None else body.asked_tokens
-    max_tokens = fit_max_tokens(max_tokens, body.length_field, prompts, info, serving.strict)
-    sampling = await work.run(
-        to_sampling_params,
-        body,
-        max_tokens=max_tokens,
-        vocab_size=info.vocab_size,
-        defaults=serving.sampling_defaults,
-        logprobs=body.logprobs,
-        prompt_logprobs=body.logprobs if body.echo else None,
-    )
+    prompts = await work.run(tokenize_prompts, serving.tokenizer, body.prompt, serving.engine_info, body.suffix)
+    max_tokens = fit_max_tokens(body, DEFAULT_MAX_TOKENS, prompts, serving)
+    prompt_logprobs = body.logprobs if body.echo else None
+    sampling = await work.run(to_sampling_params, body, max_tokens, serving, body.logprobs, prompt_logprobs)
     n = body.n or 1
     if body.echo:
-        prompts = await work.run(with_echo, prompts, n, serving.tokenizer)
+        prompts = await work.run(_with_echo, prompts, n, serving.tokenizer)
     generation = Generation(serving, tenant, prompts, sampling, n, max_tokens > 0, session_id)
-    return await _CompletionAnswer(body, generation, serving).respond(request.receive)
+    return await _CompletionAnswer(body, generation, serving).respond(work.receive)
+
+
+def _with_echo(prompts: Sequence[TokenizedPrompt], n: int, tokenizer: Tokenizer) -> list[TokenizedPrompt]:
+    """The prompts, each with its text to be put in front of its ``n`` choices; 400 for too much of it."""
+    echoing, num_bytes = [], 0
+    for prompt in prompts:
+        echo = tokenizer.decode(prompt.token_ids) if prompt.text is None else prompt.text
+        num_bytes += n * len(echo.encode())
+        if num_bytes > _MAX_ECHO:
+            raise bad_request(
+                f"The prompts in front of all completions are more than {_MAX_ECHO} bytes: ask for fewer prompts "
+                "at once, a smaller n, or no echo.",
+                "echo",
+            )
+        echoing.append(replace(prompt, echo=echo))
+    return echoing
 
 
 class _CompletionAnswer(ChoicesAnswer):

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from fastapi import APIRouter, Request
+from fastapi import APIRouter
 from starlette.responses import Response
 
-from server.anthropic.answer import MessagesAnswer
-from server.anthropic.conversation import to_chat
-from server.anthropic.objects import ErrorMessage, MessageEvent, MessageObject, TokenCount, error_body
-from server.anthropic.request import CountTokensRequest, MessagesRequest
+from server.anthropic.answer import ErrorMessage, MessageEvent, MessageObject, MessagesAnswer, TokenCount
+from server.anthropic.request import CountTokensRequest, MessagesRequest, to_chat
 from server.chat_generation import begin_chat, encode_chat
-from server.errors import ApiError
 from server.json_bodies import JsonResponse
 from server.openapi import errors, success
 from server.params import check_model
@@ -23,20 +18,14 @@ from server.serving import CurrentServing
 class MessagesRoute(TenantRoute):
     """A route whose errors are Anthropic's."""
 
-    def error_body(self, error: ApiError) -> dict[str, Any]:
-        """The body of a response with an error."""
-        return error_body(error)
+    error_body = staticmethod(ErrorMessage.of)
 
 
 router = APIRouter(route_class=MessagesRoute)
 
 
-@router.post(
-    "/v1/messages",
-    responses={**success(MessageObject, MessageEvent), **errors(400, 401, 404, 413, 429, 503, body=ErrorMessage)},
-)
+@router.post("/v1/messages", responses=success(MessageObject, MessageEvent) | errors(body=ErrorMessage))
 async def create_message(
-    request: Request,
     body: MessagesRequest,
     tenant: CurrentTenant,
     work: CurrentWork,
@@ -46,13 +35,10 @@ async def create_message(
     """Answer a conversation, whole or as a stream of events."""
     chat = await work.run(to_chat, body)
     generation, is_thinking = await begin_chat(chat, session_header, tenant, work, serving)
-    return await MessagesAnswer(chat, generation, serving, is_thinking).respond(request.receive)
+    return await MessagesAnswer(chat, generation, serving, is_thinking).respond(work.receive)
 
 
-@router.post(
-    "/v1/messages/count_tokens",
-    responses={**success(TokenCount), **errors(400, 401, 404, 413, 429, 503, body=ErrorMessage)},
-)
+@router.post("/v1/messages/count_tokens", responses=success(TokenCount) | errors(body=ErrorMessage))
 async def count_tokens(
     body: CountTokensRequest, _: CurrentTenant, work: CurrentWork, serving: CurrentServing
 ) -> Response:

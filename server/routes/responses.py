@@ -20,10 +20,7 @@ from server.serving import CurrentServing
 router = APIRouter(route_class=TenantRoute)
 
 
-@router.post(
-    "/v1/responses",
-    responses={**success(ResponseObject, ResponseEvent), **errors(400, 401, 404, 413, 429, 503)},
-)
+@router.post("/v1/responses", responses=success(ResponseObject, ResponseEvent) | errors())
 async def create_response(
     request: Request,
     body: ResponsesRequest,
@@ -46,7 +43,7 @@ async def create_response(
     return await answer.respond(request.receive)
 
 
-@router.get("/v1/responses/{response_id}", responses={**success(ResponseObject), **errors(401, 404, 413, 503)})
+@router.get("/v1/responses/{response_id}", responses=success(ResponseObject) | errors(401, 404, 413, 503))
 async def get_response(response_id: str, tenant: CurrentTenant, serving: CurrentServing) -> Response:
     """A stored response, as it was answered."""
     async with serving.responses.load(tenant.name, response_id) as stored:
@@ -54,7 +51,7 @@ async def get_response(response_id: str, tenant: CurrentTenant, serving: Current
         return Response(response, media_type="application/json")
 
 
-@router.delete("/v1/responses/{response_id}", responses={**success(DeletedResponse), **errors(401, 404, 503)})
+@router.delete("/v1/responses/{response_id}", responses=success(DeletedResponse) | errors(401, 404, 503))
 async def delete_response(response_id: str, tenant: CurrentTenant, serving: CurrentServing) -> Response:
     """Forget what is kept of an answer at once; later answers of its conversation are kept by themselves."""
     await serving.responses.delete(tenant.name, response_id)

@@ -9,7 +9,6 @@ from starlette.responses import Response
 from server.errors import bad_request
 from server.json_bodies import JsonResponse
 from server.openapi import errors, success
-from server.options import SessionsConfig
 from server.params import find_session
 from server.routes.tenant_route import CurrentTenant, TenantRoute
 from server.schemas.sessions import CreateSessionRequest, DeletedSession, Session
@@ -27,37 +26,32 @@ register_url_convertor("session", _SessionConvertor())
 router = APIRouter(route_class=TenantRoute)
 
 
-@router.post("/v1/sessions", responses={**success(Session), **errors(400, 401, 413, 429, 503)})
+@router.post("/v1/sessions", responses=success(Session) | errors(400, 401, 413, 429, 503))
 async def create_session(
     tenant: CurrentTenant,
     serving: CurrentServing,
     body: CreateSessionRequest | None = None,
 ) -> Response:
     """Start a session. Counts as a request against the rate limit."""
-    body = body or CreateSessionRequest()
-    _check(body, serving.sessions.config)
+    body, config = body or CreateSessionRequest(), serving.sessions.config
+    if body.ttl_seconds is not None and body.ttl_seconds > config.max_ttl_seconds:
+        raise bad_request(f"ttl_seconds may be at most {config.max_ttl_seconds}.", "ttl_seconds")
+    if body.user is not None and not config.from_user:
+        raise bad_request("This server keeps no sessions by user.", "user", "unsupported_parameter")
     session_id = user_session_id(tenant.name, body.user) if body.user else new_session_id(tenant.name)
     return JsonResponse(await serving.sessions.create(tenant.name, session_id, body.domain, body.ttl_seconds))
 
 
-@router.get("/v1/sessions/{session_id:session}", responses={**success(Session), **errors(400, 401, 404, 503)})
+@router.get("/v1/sessions/{session_id:session}", responses=success(Session) | errors(400, 401, 404, 503))
 async def get_session(session_id: str, tenant: CurrentTenant, serving: CurrentServing) -> Response:
     """What is known of a session. Asking does not extend its life."""
     session_id = find_session(session_id, tenant.name)
     return JsonResponse(await serving.sessions.read(tenant.name, session_id))
 
 
-@router.delete("/v1/sessions/{session_id:session}", responses={**success(DeletedSession), **errors(400, 401, 404, 503)})
+@router.delete("/v1/sessions/{session_id:session}", responses=success(DeletedSession) | errors(400, 401, 404, 503))
 async def delete_session(session_id: str, tenant: CurrentTenant, serving: CurrentServing) -> Response:
     """Forget a session at once. Requests of it that still run leave nothing behind."""
     session_id = find_session(session_id, tenant.name)
     await serving.sessions.delete(tenant.name, session_id)
     return JsonResponse(DeletedSession(id=session_id))
-
-
-def _check(body: CreateSessionRequest, config: SessionsConfig) -> None:
-    """400 for what the settings do not allow."""
-    if body.ttl_seconds is not None and body.ttl_seconds > config.max_ttl_seconds:
-        raise bad_request(f"ttl_seconds may be at most {config.max_ttl_seconds}.", "ttl_seconds")
-    if body.user is not None and not config.from_user:
-        raise bad_request("This server keeps no sessions by user.", "user", "unsupported_parameter")

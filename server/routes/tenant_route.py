@@ -137,22 +137,17 @@ async def _session_header(
 SessionHeader = Annotated[str | None, Depends(_session_header)]
 
 
-def _declared_size(request: Request, limit: int) -> int:
-    """The body's bytes, as many as are allowed if the client does not say; 413 for more."""
+async def _read_with_room(request: Request, limit: int, tenant: str, bodies: BodyRoom) -> bytes:
+    """The body, whose room, unless it is small, is kept until the response is complete; 413 for a larger one."""
+    # A client that does not say how long its body is may send as much as is allowed.
     size = int(request.headers.get("content-length", limit if "transfer-encoding" in request.headers else 0))
     if size > limit:
         raise _too_large(limit)
-    return size
-
-
-async def _read_with_room(request: Request, limit: int, tenant: str, bodies: BodyRoom) -> bytes:
-    """The body, whose room, unless it is small, is kept until the response is complete."""
-    size = _declared_size(request, limit)
     if size <= SMALL:
         return await _read_body(request, limit)
-    room = await request.state.until_answered.enter_async_context(bodies.hold(tenant, size))
+    shrink = await request.state.until_answered.enter_async_context(bodies.hold(tenant, size))
     body = await _read_body(request, limit)
-    room.shrink(len(body))
+    shrink(len(body))
     return body
 
 

@@ -1,1 +1,1 @@
-"""Bodies of requests (pydantic, validated) and of responses (msgspec, encoded fast)."""
+"""Bodies of requests (pydantic, validated) and of responses (msgspec, encoded fast); small endpoints have their own."""

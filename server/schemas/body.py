@@ -90,13 +90,13 @@ class Harmless(NoOp):
         return value
 
 
-def refuse_unless_among(values: list[Any], value: Any) -> Any:
-    """``value``, if it is one of those that ask for nothing; raises ``PydanticCustomError``."""
+def refuse_unless_among(values: list[Any], value: Any, **context: str) -> Any:
+    """``value``, if it is one of those that ask for nothing; raises ``PydanticCustomError`` with ``context``."""
     if any(value == known and type(value) is type(known) for known in values):
         return value
     allowed = ", ".join(json.dumps(known) for known in values)
     raise PydanticCustomError(
-        "unsupported_parameter", "not supported by this server (accepted: {allowed})", {"allowed": allowed}
+        "unsupported_parameter", "not supported by this server (accepted: {allowed})", {"allowed": allowed, **context}
     )
 
 
@@ -153,11 +153,7 @@ class LenientBody(Body):
     def _judge(cls, name: str, value: Any, leniency: Leniency) -> None:
         """Note a field as ignored; raises ``PydanticCustomError`` for one that could change the answer."""
         if name in cls.unsupported and name not in cls.synonyms:
-            try:
-                refuse_unless_among([None, *cls.unsupported[name]], value)
-            except PydanticCustomError as error:
-                context = {**(error.context or {}), "param": name}
-                raise PydanticCustomError("unsupported_parameter", error.message_template, context) from None
+            refuse_unless_among([None, *cls.unsupported[name]], value, param=name)
         elif leniency.strict:
             raise PydanticCustomError("extra_forbidden", "unknown", {"param": name})
         elif name not in leniency.ignored:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -90,16 +90,6 @@ class SamplingFields(ConstraintFields, CommonFields):
     min_tokens: int | None = Field(default=None, ge=0, lt=2**31)
     n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
     stream_options: StreamOptions | None = None
-
-    @property
-    def length_field(self) -> Literal["max_tokens", "max_completion_tokens"]:
-        """Which of its two names the request's longest output has."""
-        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
-
-    @property
-    def asked_tokens(self) -> int | None:
-        """The request's longest output, if it says one."""
-        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @model_validator(mode="after")
     def _check_lengths(self) -> Self:

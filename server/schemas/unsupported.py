@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-_SAMPLING: dict[str, list[Any]] = {
+UNSUPPORTED: dict[str, list[Any]] = {
+    # Sampling.
     "use_beam_search": [False],
     "length_penalty": [1.0, 1],
     "bad_words": [[]],
@@ -32,8 +33,7 @@ _SAMPLING: dict[str, list[Any]] = {
     "do_sample": [True],
     "lora": [[]],
     "lora_path": [],
-}
-_PROMPT: dict[str, list[Any]] = {
+    # What the prompt is.
     "truncate_prompt_tokens": [],
     "truncation": ["disabled"],
     "truncate": [],
@@ -48,8 +48,7 @@ _PROMPT: dict[str, list[Any]] = {
     "image_data": [[]],
     "plugins": [[]],
     "models": [[]],
-}
-_THINKING: dict[str, list[Any]] = {
+    # Thoughts.
     "reasoning": [],
     "thinking": [{"type": "disabled"}],
     "enable_thinking": [],
@@ -57,8 +56,7 @@ _THINKING: dict[str, list[Any]] = {
     "thinking_token_budget": [],
     "separate_reasoning": [True],
     "include_reasoning": [True],
-}
-_OUTPUT: dict[str, list[Any]] = {
+    # What is answered.
     "include_stop_str_in_output": [False],
     "no_stop_trim": [False],
     "stop_regex": [],
@@ -69,8 +67,7 @@ _OUTPUT: dict[str, list[Any]] = {
     "return_tokens_as_token_ids": [False],
     "structural_tag": [],
     "guided_whitespace_pattern": [],
-}
-_OF_ONE_API: dict[str, list[Any]] = {
+    # Of completions, responses or messages, for the others.
     "prompt": [""],
     "suffix": [""],
     "echo": [False],
@@ -88,8 +85,6 @@ _OF_ONE_API: dict[str, list[Any]] = {
     "mcp_servers": [[]],
     "context_management": [[], {"edits": []}],
 }
-"""Those that completions, responses or messages have, for the others."""
-UNSUPPORTED = _SAMPLING | _PROMPT | _THINKING | _OUTPUT | _OF_ONE_API
 
 OF_CHAT: dict[str, list[Any]] = {
     "messages": [[]],

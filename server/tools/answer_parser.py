@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 from server.tools.chat_format import THINK_BEGIN, THINK_END, CallFormat, ChatFormat
 
@@ -19,29 +18,20 @@ _NAME = r"[a-zA-Z0-9_.-]{1,128}"
 """A tool's."""
 
 
-@dataclass
-class CallPart:
-    """More of a call: its name, whole, with its first part only, then text of its arguments."""
+Kind = Literal["text", "thoughts", "call"]
 
-    index: int
+
+@dataclass
+class Part:
+    """More text of an answer; of a call it is more of its arguments, with its ``name`` in its first part only."""
+
+    kind: Kind
+    text: str
     name: str = ""
-    arguments: str = ""
-
-
-@dataclass
-class AnswerPart:
-    """What a piece of text adds to an answer. ``calls``: in order, one entry for each call that it adds to."""
-
-    content: str = ""
-    reasoning: str = ""
-    calls: list[CallPart] = field(default_factory=list)
 
 
 class AnswerParser:
     """Takes one answer apart; what its parts are when joined does not depend on how the text was split.
-
-        parser = AnswerParser(form, with_calls=True, is_thinking=False)
-        part = parser.push(text, is_last=False)
 
     Args:
         form: how the model writes answers.
@@ -58,23 +48,22 @@ class AnswerParser:
 
             prefix = THINK_BEGIN if is_thinking else ""
             self._parser = ResponseParser(_response_template(self._form, form.thinks), prefix=prefix)
-        self._num_calls = 0
         self._is_named = True
         """Whether the name of the current call was told."""
 
-    def push(self, text: str, is_last: bool) -> AnswerPart:
-        """What ``text`` adds; at the end, also what had to wait because it might have become something else."""
-        part = AnswerPart()
-        for event in self._events(text, is_last):
-            self._take(event, part)
-        return part
+    def push(self, text: str, is_last: bool) -> list[Part]:
+        """What ``text`` adds, in order; at the end, also what had to wait because it might have become something else.
 
-    def push_in_order(self, text: str, is_last: bool) -> Iterator[AnswerPart]:
-        """The same as several parts, each with one thing in it, in their order."""
+        No two parts in a row are of the same kind and call, and none but the first of a call is without text.
+        """
+        parts: list[Part] = []
         for event in self._events(text, is_last):
-            part = AnswerPart()
-            self._take(event, part)
-            yield part
+            part = self._part(event)
+            if parts and part.kind == parts[-1].kind and not part.name:
+                parts[-1].text += part.text
+            elif part.text or part.name:
+                parts.append(part)
+        return parts
 
     def _events(self, text: str, is_last: bool) -> list[dict[str, Any]]:
         if self._parser is None:
@@ -84,30 +73,23 @@ class AnswerParser:
             events += self._parser.feed(text[begin : begin + _CHARS_AT_ONCE])
         return events + self._parser.finalize()[1] if is_last else events
 
-    def _take(self, event: dict[str, Any], part: AnswerPart) -> None:
+    def _part(self, event: dict[str, Any]) -> Part:
+        """What an event adds, which may be nothing."""
         match event["type"], event["field"]:
             case "region_chunk", "content":
-                part.content += event["text"]
+                return Part("text", event["text"])
             case "region_chunk", "reasoning":
-                part.reasoning += event["text"]
+                return Part("thoughts", event["text"])
             case "region_open", "calls":
-                self._num_calls += 1
                 self._is_named = False
-            case "region_chunk", "calls":
-                self._take_call(event["text"], part)
-
-    def _take_call(self, text: str, part: AnswerPart) -> None:
-        """More text of a call: first its name and ``middle`` at once, then its arguments."""
-        name = ""
-        if not self._is_named:
-            assert self._form is not None
-            name, _, text = text.partition(self._form.middle)
-            self._is_named = True
-        index = self._num_calls - 1
-        if not part.calls or part.calls[-1].index != index:
-            part.calls.append(CallPart(index))
-        part.calls[-1].name += name
-        part.calls[-1].arguments += text
+            case "region_chunk", "calls" if self._is_named:
+                return Part("call", event["text"])
+            case "region_chunk", "calls":  # the name and ``middle`` come at once
+                assert self._form is not None
+                self._is_named = True
+                name, _, arguments = event["text"].partition(self._form.middle)
+                return Part("call", arguments, name)
+        return Part("text", "")
 
 
 def load_parser(form: ChatFormat) -> None:

@@ -10,10 +10,7 @@ from typing import Any, Literal
 import msgspec
 
 from server.generation import Piece
-from server.tools.answer_parser import AnswerParser, AnswerPart
-from server.tools.chat_format import ChatFormat
-
-Kind = Literal["thoughts", "text", "call"]
+from server.tools.answer_parser import AnswerParser, Kind, Part
 
 
 @dataclass
@@ -37,78 +34,41 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Begin:
-    """A block begins, without text."""
+class Change:
+    """A block begins, without text; ``text`` is added to it; or it has all of its text and ends."""
 
+    kind: Literal["begin", "more", "end"]
     block: Block
-
-
-@dataclass(frozen=True)
-class More:
-    """``text`` was added to a block."""
-
-    block: Block
-    text: str
-
-
-@dataclass(frozen=True)
-class End:
-    """A block has all of its text."""
-
-    block: Block
-
-
-Change = Begin | More | End
+    text: str = ""
 
 
 class BlockWriter:
     """Writes the blocks of one answer. Each has ended before the next begins; the last ends with the answer.
 
-    Args:
-        form: how the model writes answers.
-        with_calls: whether it was given tools.
-        is_thinking: whether the prompt has begun its thoughts.
-
     Attributes:
         blocks: those that have begun.
     """
 
-    def __init__(self, form: ChatFormat, with_calls: bool, is_thinking: bool) -> None:
-        self._parser = AnswerParser(form, with_calls, is_thinking)
+    def __init__(self, parser: AnswerParser) -> None:
+        self._parser = parser
         self.blocks: list[Block] = []
-        self._call: int | None = None
-        """Which call the last block is."""
 
     def write(self, pieces: Sequence[Piece]) -> Iterator[Change]:
         """What pieces change, in order; the last piece of the answer ends the last block."""
         last = pieces[-1]
         text, is_last = "".join(piece.text for piece in pieces), last.finish_reason is not None
-        for part in self._parser.push_in_order(text, is_last):
-            yield from self._take(part)
+        for part in self._parser.push(text, is_last):
+            yield from self._add(part)
         if is_last and self.blocks:
-            self.blocks[-1].is_whole = is_ended_by_model(last)
-            yield End(self.blocks[-1])
+            self.blocks[-1].is_whole = last.is_ended_by_model
+            yield Change("end", self.blocks[-1])
 
-    def _take(self, part: AnswerPart) -> Iterator[Change]:
-        if part.reasoning:
-            yield from self._add("thoughts", part.reasoning)
-        if part.content:
-            yield from self._add("text", part.content)
-        for call in part.calls:
-            yield from self._add("call", call.arguments, call.index, call.name)
-
-    def _add(self, kind: Kind, text: str, call: int | None = None, name: str = "") -> Iterator[Change]:
-        if not self.blocks or self.blocks[-1].kind != kind or self._call != call:
+    def _add(self, part: Part) -> Iterator[Change]:
+        if not self.blocks or self.blocks[-1].kind != part.kind or part.name:
             if self.blocks:
-                yield End(self.blocks[-1])
-            self.blocks.append(Block(len(self.blocks), kind, name))
-            self._call = call
-            yield Begin(self.blocks[-1])
-        if text:
-            self.blocks[-1].text += text
-            yield More(self.blocks[-1], text)
-
-
-def is_ended_by_model(last: Piece) -> bool:
-    """Whether a choice ends by the model's own doing: no stop string and no limit cut it off."""
-    return last.finish_reason == "stop" and last.stop_reason is None
+                yield Change("end", self.blocks[-1])
+            self.blocks.append(Block(len(self.blocks), part.kind, part.name))
+            yield Change("begin", self.blocks[-1])
+        if part.text:
+            self.blocks[-1].text += part.text
+            yield Change("more", self.blocks[-1], part.text)

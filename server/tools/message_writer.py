@@ -10,64 +10,54 @@ from msgspec import UNSET
 from server.generation import Piece
 from server.schemas.chat import AssistantMessage, Delta, FinishReason
 from server.schemas.tools import CalledFunction, FunctionDelta, ToolCall, ToolCallDelta
-from server.tools.answer_parser import AnswerParser, AnswerPart, CallPart
-from server.tools.blocks import is_ended_by_model
-from server.tools.chat_format import ChatFormat
+from server.tools.answer_parser import AnswerParser, Kind, Part
 
 
 class MessageWriter:
-    """Writes the message of one choice: by ``message``, or by ``delta`` for each of its pieces.
+    """Writes the message of one choice: by ``message``, or by ``delta`` for each of its pieces."""
 
-    Args:
-        form: how the model writes answers.
-        with_calls: whether it was given tools.
-        is_thinking: whether the prompt has begun its thoughts.
-    """
-
-    def __init__(self, form: ChatFormat, with_calls: bool, is_thinking: bool) -> None:
-        self._parser = AnswerParser(form, with_calls, is_thinking)
-        self._has_calls = False
+    def __init__(self, parser: AnswerParser) -> None:
+        self._parser = parser
+        self._num_calls = 0
 
     def message(self, pieces: Sequence[Piece]) -> AssistantMessage:
         """The whole message."""
-        part = self._parse("".join(piece.text for piece in pieces), is_last=True)
+        parts = self._parser.push("".join(piece.text for piece in pieces), is_last=True)
+        called = [CalledFunction(part.name, part.text) for part in parts if part.kind == "call"]
+        self._num_calls = len(called)
         return AssistantMessage(
-            content=part.content or (None if part.calls else ""),
-            reasoning_content=part.reasoning or UNSET,
-            tool_calls=[
-                ToolCall(id=_new_id(), function=CalledFunction(call.name, call.arguments)) for call in part.calls
-            ]
-            or UNSET,
+            content=_text_of(parts, "text") or (None if called else ""),
+            reasoning_content=_text_of(parts, "thoughts") or UNSET,
+            tool_calls=[ToolCall(id=_new_id(), function=function) for function in called] or UNSET,
         )
 
     def delta(self, piece: Piece) -> Delta | None:
         """What a piece adds to the message; None if that is nothing."""
-        part = self._parse(piece.text, is_last=piece.finish_reason is not None)
-        if not (part.content or part.reasoning or part.calls or piece.is_first):
+        parts = self._parser.push(piece.text, is_last=piece.finish_reason is not None)
+        if not parts and not piece.is_first:
             return None
-        is_empty = not part.reasoning and not part.calls
+        content = _text_of(parts, "text")
         return Delta(
             role="assistant" if piece.is_first else UNSET,
-            content=part.content if part.content or is_empty else UNSET,
-            reasoning_content=part.reasoning or UNSET,
-            tool_calls=[_call_delta(call) for call in part.calls] or UNSET,
+            content=content if content or not parts else UNSET,
+            reasoning_content=_text_of(parts, "thoughts") or UNSET,
+            tool_calls=[self._call_delta(part) for part in parts if part.kind == "call"] or UNSET,
         )
 
     def finish_reason(self, piece: Piece) -> FinishReason | None:
         """Why the choice ends with this piece, if it does: for its calls, unless it was cut off."""
-        return "tool_calls" if is_ended_by_model(piece) and self._has_calls else piece.finish_reason
+        return "tool_calls" if piece.is_ended_by_model and self._num_calls else piece.finish_reason
 
-    def _parse(self, text: str, is_last: bool) -> AnswerPart:
-        part = self._parser.push(text, is_last)
-        self._has_calls |= bool(part.calls)
-        return part
+    def _call_delta(self, part: Part) -> ToolCallDelta:
+        if not part.name:
+            return ToolCallDelta(index=self._num_calls - 1, function=FunctionDelta(arguments=part.text))
+        self._num_calls += 1
+        function = FunctionDelta(part.name, part.text)
+        return ToolCallDelta(index=self._num_calls - 1, id=_new_id(), type="function", function=function)
 
 
-def _call_delta(call: CallPart) -> ToolCallDelta:
-    if not call.name:
-        return ToolCallDelta(index=call.index, function=FunctionDelta(arguments=call.arguments))
-    function = FunctionDelta(call.name, call.arguments)
-    return ToolCallDelta(index=call.index, id=_new_id(), type="function", function=function)
+def _text_of(parts: Sequence[Part], kind: Kind) -> str:
+    return "".join(part.text for part in parts if part.kind == kind)
 
 
 def _new_id() -> str:

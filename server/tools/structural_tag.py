@@ -52,16 +52,9 @@ def check_tools(body: ChatCompletionRequest, form: ChatFormat) -> None:
 def chat_grammar(
     body: ChatCompletionRequest, constraint: Grammar | None, form: ChatFormat, is_thinking: bool
 ) -> Grammar | None:
-    """What the answer to a request may look like; None: anything.
+    """What the answer to a request may look like; None: anything. ``constraint``: on an answer that calls no tool.
 
-    Args:
-        body: the request.
-        constraint: on an answer that calls no tool.
-        form: how the model writes calls, and whether it thinks first.
-        is_thinking: whether the prompt has begun its thoughts.
-
-    Raises:
-        ApiError: 400 for a schema that the engine would refuse, or for tools that are too long in all.
+    Raises ``ApiError``: 400 for a schema that the engine would refuse, or for tools that are too long in all.
     """
     if not body.usable_tools and (constraint is None or not is_thinking):
         return constraint

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -26,6 +25,7 @@ from benchmarks.attack.keyless import endless_bodies, slow_bodies
 from benchmarks.attack.random_schemas import RandomSchemas
 from benchmarks.attack.server import ATTACKER, LIMITED, MODEL, REQUESTS_PER_MINUTE, VICTIM, Server, write_keys
 from benchmarks.attack.varied_requests import varied_requests
+from benchmarks.common.threads import beside
 from tests.running_server import AT_ONCE, SMALL, RunningServer
 
 LaunchServer = Callable[..., RunningServer]
@@ -70,10 +70,8 @@ def victim_is_served(attacked: Server) -> Iterator[None]:
 def in_background(work: Callable[[], Answer]) -> Iterator[list[Answer]]:
     """``work`` beside the block; its answer is in the list once the block has ended."""
     answers: list[Answer] = []
-    thread = threading.Thread(target=lambda: answers.append(work()))
-    thread.start()
-    yield answers
-    thread.join()
+    with beside(lambda _: answers.append(work())):
+        yield answers
 
 
 @pytest.mark.usefixtures("victim_is_served")

@@ -348,13 +348,13 @@ def test_after_a_quiet_minute_keys_that_speak_again_keep_their_slots(
     """A newcomer is the first to speak, the two that have slots right after it."""
     engine, worker = MadeUpEngine(config, draft.drafter, draft.base), eager_worker(config, draft)
     num_before = sum(engine.serve(answers[:2], tenant) for tenant in ("first", "second"))
-    wait_for(lambda: engine.log.stats().num_written == num_before)
+    wait_for(lambda: engine.log.stats.num_written == num_before)
     step_until(worker, lambda: set(statuses(config)[1]) == {"first", "second"})
     step_until(worker, lambda: statuses(config)[0].num_records == num_before)  # type: ignore[union-attr]
     log_clock[0] += 61.0
     num_records = sum(engine.serve(answers[:1], tenant) for tenant in ("third", "first", "second"))
     assert num_records < 256, "they are read together"
-    wait_for(lambda: engine.log.stats().num_written == num_before + num_records)
+    wait_for(lambda: engine.log.stats.num_written == num_before + num_records)
     step_until(worker, lambda: statuses(config)[0].num_records == num_before + num_records)  # type: ignore[union-attr]
     assert set(statuses(config)[1]) == {"first", "second"}
     worker.close()
@@ -382,7 +382,7 @@ def test_log_is_read_to_its_end_however_much_there_is_to_learn(
     num_records = 0
     while num_records < 2000:
         num_records += engine.serve(answers[:8])
-    wait_for(lambda: engine.log.stats().num_written == num_records)
+    wait_for(lambda: engine.log.stats.num_written == num_records)
     worker.step()
     found = statuses(config)[0]
     assert found is not None
@@ -404,7 +404,7 @@ def test_records_are_read_again_where_the_ring_failed(
     monkeypatch.setattr(Assembler, "add", add_or_fail)
     num_records = engine.serve(answers[:16])
     assert num_records > 256
-    wait_for(lambda: engine.log.stats().num_written == num_records)
+    wait_for(lambda: engine.log.stats.num_written == num_records)
     step_until(worker, lambda: status(config).num_records >= num_records, seconds=20)
     for _ in range(3):
         worker.step()
@@ -475,7 +475,7 @@ def work(config: str) -> None:
 
 
 def wait_until_written(engine: MadeUpEngine, num_records: int) -> None:
-    wait_for(lambda: engine.log.stats().num_written >= num_records)
+    wait_for(lambda: engine.log.stats.num_written >= num_records)
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:

@@ -27,12 +27,12 @@ from engine.models.config import ModelFiles
 from engine.models.eagle3 import load_draft
 from engine.models.lora import draft_fingerprint, lora_layout
 from engine.online import adapters as eagle_adapters
-from engine.online import run_writer, unwritten_steps, verify_log
+from engine.online import run_writer, verify_log, verify_record
 from engine.online.adapter_control import adapter_key
 from engine.online.feature_ring import FeatureRingReader
 from engine.online.token_log import TokenLog
 from engine.online.verify_record import VerifyRecord
-from engine.online.weight_writer import WeightWriter
+from engine.online.weight_channel import WeightWriter
 from engine.online.whole_draft import whole_layout
 from engine.request import Request
 from engine.speculation.length.cost_meter import CostMeter
@@ -274,7 +274,7 @@ def test_context_comes_again_after_silence(
     files: ModelFiles, draft: Path, alignment: AdaptersConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By then the worker has given the request up."""
-    monkeypatch.setattr(unwritten_steps, "_STEPS_AT_ONCE", 1)
+    monkeypatch.setattr(verify_record, "_STEPS_AT_ONCE", 1)
     engine, prompt = make_engine(files, draft, "alone", alignment), make_prompts()[0]
     engine.add(prompt, make_sampling("greedy", 1)[0])
     for seconds, num_steps in ((3.0, 6), (0.0, 2), (3.0, NUM_TOKENS)):
@@ -297,7 +297,7 @@ def test_context_comes_again_after_a_record_was_lost(
     files: ModelFiles, draft: Path, alignment: AdaptersConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It may have been the one with the context."""
-    monkeypatch.setattr(unwritten_steps, "_STEPS_AT_ONCE", 1)
+    monkeypatch.setattr(verify_record, "_STEPS_AT_ONCE", 1)
     monkeypatch.setattr(run_writer, "_LOOK_SECONDS", 0.0)
     engine, prompt = make_engine(files, draft, "alone", alignment), make_prompts()[0]
     engine.add(prompt, make_sampling("greedy", 1)[0])
@@ -309,7 +309,7 @@ def test_context_comes_again_after_a_record_was_lost(
             written(self, record)
         else:
             lost.append(record)
-            self._dropped_by_queue += 1
+            self.stats.num_dropped_by_queue += 1
 
     monkeypatch.setattr(TokenLog, "log", lose_one)
     while engine.is_busy:

@@ -30,7 +30,7 @@ def test_a_target_that_drafts_for_itself_is_right(
 ) -> None:
     """bf16 may differ at near ties."""
     monkeypatch.setattr(sessions, "RESULTS", tmp_path)
-    sides = make_sides(["full"], str(files.path), Drafting.of("draft_model", str(files.path), None, adaptive=False))
+    sides = make_sides(["full"], str(files.path), Drafting("draft_model", str(files.path)))
     found = (labels | counts(run) for labels, run in answers(sides, acceptance.asks(SETS), MAX_TOKENS))
     runs = recorded("tiny", {"model": "tiny"}, found)
     assert [run["number"] for run in runs] == [0, 1, 2]
@@ -40,7 +40,7 @@ def test_a_target_that_drafts_for_itself_is_right(
 
 def test_a_session_goes_on_and_a_stranger_has_none(files: ModelFiles, tmp_path: Path) -> None:
     draft = make_draft_directory(tmp_path / "draft", files)
-    modes, drafting = ["dynamic:16+64", "dynamic:16+64/cold"], Drafting.of("eagle3", str(draft), None, adaptive=False)
+    modes, drafting = ["dynamic:16+64", "dynamic:16+64/cold"], Drafting("eagle3", str(draft))
     sides = make_sides(modes, str(files.path), drafting)
     asks = [({"set": "law"}, Ask(messages, "one", "tenant", goes_on=True)) for messages in SETS["law"]]
     snapshots: dict[str, list[bytes | None]] = {mode: [] for mode in modes}

@@ -231,7 +231,7 @@ def test_a_copy_goes_on_as_the_longest_repeat_did() -> None:
     copy = look(lookup, request, 5)
     assert copy is not None
     assert copy.token_ids == [4, 9, 2, 3, 5]
-    assert copy.repeat.levels == [2, 3, 4, 5, 6]  # three tokens agreed before the first, four before the second
+    assert copy.levels == [2, 3, 4, 5, 6]  # three tokens agreed before the first, four before the second
     request.all_token_ids += [4, 9]
     beyond = look(lookup, request, 9)
     assert beyond is not None

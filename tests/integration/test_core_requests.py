@@ -13,11 +13,11 @@ import torch
 import zmq
 from safetensors.torch import load_file, save_file
 
-from engine.config import EngineConfig, SpeculationConfig
-from engine.messages import EngineMessage, EngineOutput, EngineReady, EngineRequest, Hello, SamplingParams
+from engine.config import SpeculationConfig
+from engine.messages import EngineMessage, EngineOutput, EngineRequest, Hello, SamplingParams
 from engine.models.verify import FileCheck
 from engine.process import EngineProcess
-from engine.sampling.processors import SamplingState
+from engine.sampling.choose import SamplingState
 from engine.verifier import Verifier
 from tests.tiny_drafts import CLIENT, Engine, Setting
 from tests.tiny_models import make_directory
@@ -139,12 +139,12 @@ def test_a_flood_of_requests_is_taken_a_little_at_a_time(
 
     monkeypatch.setattr("engine.process.time", SimpleNamespace(monotonic=lambda: now))
     monkeypatch.setattr(EngineProcess, "_handle", handle)
-    config = EngineConfig(address=f"ipc://{tmp_path}/engine.sock")
-    process = EngineProcess(config, engine.core, "tiny", FileCheck({}))
+    address = f"ipc://{tmp_path}/engine.sock"
+    process = EngineProcess(address, engine.core, FileCheck({}))
     sent = [bytes([number]) for number in range(20)]
     socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
     with socket as client:
-        client.connect(config.address)
+        client.connect(address)
         for payload in sent:
             client.send(payload)
         while len(taken) < len(sent):
@@ -157,11 +157,11 @@ def test_a_flood_of_requests_is_taken_a_little_at_a_time(
 
 def test_bytes_that_are_no_message_are_left_out(engine: Engine, tmp_path: Path) -> None:
     """The step loop goes on, and hears the next message of the same client."""
-    config = EngineConfig(address=f"ipc://{tmp_path}/engine.sock")
-    process = EngineProcess(config, engine.core, "tiny", FileCheck({}))
+    address = f"ipc://{tmp_path}/engine.sock"
+    process = EngineProcess(address, engine.core, FileCheck({}))
     socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
     with socket as client:
-        client.connect(config.address)
+        client.connect(address)
         for payload in (b"", b"\xc1", b"\x92\xa5hello", msgspec.msgpack.encode({"type": "unknown"})):
             client.send(payload)
         client.send(msgspec.msgpack.encode(Hello()))
@@ -171,5 +171,4 @@ def test_bytes_that_are_no_message_are_left_out(engine: Engine, tmp_path: Path) 
             process._receive(0.01)
         ready = msgspec.msgpack.decode(client.recv(), type=EngineMessage)
     process._socket.close()
-    assert isinstance(ready, EngineReady)
-    assert ready.model == "tiny"
+    assert ready == engine.core.introduction

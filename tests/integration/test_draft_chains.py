@@ -15,10 +15,10 @@ from engine.messages import SamplingParams
 from engine.models.config import ModelFiles
 from engine.speculation.drafters.eagle import EagleProposer
 from engine.speculation.drafters.head import DraftHead
-from engine.speculation.length.policy import Chain, Draftable, LengthPolicy, Repeat, StopRule
+from engine.speculation.length.policy import Chain, Draftable, LengthPolicy
 from engine.step_plan import DraftSlot
 from kernels import native
-from kernels.native_chain import CONFIDENCE_LEVELS, ChainBatch, ChainResult, NativeChain
+from kernels.native_chain import CONFIDENCE_LEVELS, ChainBatch, ChainResult, NativeChain, StopRule
 from tests.tiny_drafts import Engine, Setting, make_draft_directory
 from tests.tiny_models import make_directory
 
@@ -124,11 +124,11 @@ class Stopping:
             return result
 
         def rule(policy: LengthPolicy, sequences: Sequence[Draftable], lengths: Sequence[int]) -> StopRule:
-            rows = zip(sequences, lengths, strict=True)
+            for one, length in zip(sequences, lengths, strict=True):
+                one.tenant_number = int(chance.integers(TENANTS))
+                one.acceptance = chance.uniform(0.3, 1.0, length).tolist()
             return StopRule(
                 chances=chance.uniform(0.5, 1.0, (TENANTS, 2, CONFIDENCE_LEVELS)).astype(np.float32),
-                tenants={one: int(chance.integers(TENANTS)) for one in sequences},
-                acceptance={one: chance.uniform(0.3, 1.0, length).tolist() for one, length in rows},
                 verify_costs=chance.uniform(0.0, 0.2, max(lengths)).tolist(),
                 draft_cost=float(chance.uniform(0.0, 1.2)),
             )
@@ -138,9 +138,7 @@ class Stopping:
             cut.update(zip(sequences, lengths, strict=True))
             return lengths
 
-        def record(
-            policy: LengthPolicy, sequence: Draftable, of_one: Chain, outcomes: Sequence[bool], repeat: Repeat | None
-        ) -> None:
+        def record(policy: LengthPolicy, sequence: Draftable, of_one: Chain, outcomes: Sequence[bool]) -> None:
             self.judged.append((cut[sequence], len(of_one.confidence), outcomes))
 
         monkeypatch.setattr(NativeChain, "run", recorded)
@@ -159,10 +157,10 @@ def steps_by_the_rule(batch: ChainBatch, levels: NDArray[np.int32]) -> int:
         going = [row for row, length in enumerate(batch.lengths) if length > step + 1]
         for row, length in enumerate(batch.lengths):
             if length > step:
-                promises[row] *= stop.chances[stop.tenants[row], int(sampled[row]), of_step[row]]
+                promises[row] *= stop.chances[batch.tenants[row], int(sampled[row]), of_step[row]]
         if not going:
             return step + 1
-        gains = (promises[row] * stop.acceptance[row][step + 1] - stop.verify_costs[step + 1] for row in going)
+        gains = (promises[row] * batch.acceptance[row][step + 1] - stop.verify_costs[step + 1] for row in going)
         if sum(max(gain, 0.0) for gain in gains) <= stop.draft_cost:
             return step + 1
     raise AssertionError("a call made fewer steps than the rule allows")

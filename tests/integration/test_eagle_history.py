@@ -34,8 +34,8 @@ from engine.speculation.drafters.base import Proposer
 from engine.speculation.drafters.eagle import EagleDraft
 from engine.speculation.drafters.head import DraftHead, next_positions
 from engine.speculation.drafters.kv import Chunk
-from engine.speculation.length.policy import StopRule
 from engine.step_plan import DraftSlot, ScheduledSequence
+from kernels.native_chain import StopRule
 from tests.tiny_drafts import Engine, Setting, random_draft
 from tests.tiny_models import make_directory
 

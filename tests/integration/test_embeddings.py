@@ -16,7 +16,7 @@ import torch
 
 from engine.messages import EngineOutput, EngineRequest, SamplingParams
 from engine.models.config import ModelFiles
-from engine.prompt_embeddings import PromptEmbeddings
+from engine.prompt_embeddings import collect_embeddings, take_embedding
 from engine.request import Request
 from engine.step_plan import ScheduledSequence
 from tests.integration.running_api import Api
@@ -75,11 +75,10 @@ def test_an_embedding_does_not_tell_how_its_prompt_was_divided() -> None:
     hidden = torch.randn(100, 64, generator=torch.Generator().manual_seed(0))
 
     def embedding(*borders: int) -> bytes | None:
-        embeddings = PromptEmbeddings()
         for start, end in pairwise((0, *borders, 100)):
             chunk = ScheduledSequence(request, start, request.prompt_token_ids[start:end], 0, 0, 0, array("i"))
-            embeddings.collect([chunk], hidden[start:end])
-        return embeddings.take(request)
+            collect_embeddings([chunk], hidden[start:end])
+        return take_embedding(request)
 
     assert embedding(1) == embedding(36, 64) == embedding(*range(10, 100, 10)) == embedding()
 

@@ -166,8 +166,8 @@ def test_a_draft_is_trained_with_what_it_is_served_with(family: TinyFamily, tmp_
     assert torch.equal(parts.embed(tokens), model.embed(tokens))
     assert torch.equal(parts.head_input(model.embed(tokens)), rms_norm(model.embed(tokens), model.norm, 1e-5))
     served = RotaryEmbedding(spec.rope, length, torch.device("cpu"))
-    assert len(parts.rotary.sin) >= length + MAX_SPECULATIVE_TOKENS
-    assert torch.equal(parts.rotary.sin[:length], served.sin)
+    assert len(parts.rotary.cos_sin) >= length + MAX_SPECULATIVE_TOKENS
+    assert torch.equal(parts.rotary.cos_sin[:length], served.cos_sin)
 
 
 @needs_kernels

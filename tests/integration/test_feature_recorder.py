@@ -6,8 +6,7 @@ from pathlib import Path
 
 import torch
 
-from adapters.training.feature_recorder import FeatureRecorder
-from adapters.training.generate import Generator, Job
+from adapters.training.generate import FeatureRecorder, Generator, Job
 from engine.config import CacheConfig, EngineConfig, ModelConfig, RuntimeConfig, SchedulerConfig, SpeculationConfig
 from engine.core import EngineCore
 from engine.messages import EngineRequest, SamplingParams

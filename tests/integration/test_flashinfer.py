@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from engine.attention.base import AttentionSpec
-from engine.attention.flashinfer import FlashInferAttention, page_table
+from engine.attention.flashinfer import FlashInferAttention, page_table, unsupported_reason
 from engine.attention.torch_paged import TorchPagedAttention
-from engine.models.config import ModelError
 from tests.emulated_flashinfer import DECODE, PREFILL, SIGNATURES
 from tests.ragged_batches import RaggedSequences, attention_spec, compare_backends, largest_row_error
 
@@ -106,7 +105,7 @@ def test_page_table_leaves_out_blocks_allocated_ahead() -> None:
         ({"num_heads": 10}, "10 query heads are not a multiple of 3"),
     ],
 )
-def test_what_it_cannot_do_is_refused_before_anything_is_allocated(changes: dict[str, object], reason: str) -> None:
+def test_what_it_has_no_kernel_for(changes: dict[str, object], reason: str) -> None:
     fields = {
         "num_layers": 1,
         "num_heads": 9,
@@ -117,5 +116,5 @@ def test_what_it_cannot_do_is_refused_before_anything_is_allocated(changes: dict
         "dtype": torch.bfloat16,
         "device": torch.device("cuda"),
     }
-    with pytest.raises(ModelError, match=reason):
-        FlashInferAttention(AttentionSpec(**(fields | changes)))  # type: ignore[arg-type]
+    spec = AttentionSpec(**(fields | changes))  # type: ignore[arg-type]
+    assert reason in (unsupported_reason(spec) or "")

@@ -19,9 +19,9 @@ from engine.models.config import ModelFiles
 from engine.speculation import speculator
 from engine.speculation.drafters.eagle import EagleProposer
 from engine.speculation.drafters.head import COUNTS_FILE, DraftHead
-from engine.speculation.length.policy import StopRule
 from engine.step_plan import DraftSlot
 from kernels import native
+from kernels.native_chain import StopRule
 from tests.exactness import SAMPLED, SETTINGS
 from tests.foreign_drafts import CHECKPOINTS, NUM_LAYERS, VOCAB, Checkpoint
 from tests.reference.eagle3 import ReferenceDraft
@@ -148,7 +148,7 @@ def test_copies_of_the_targets_rows_take_no_memory(
         directory = replace(checkpoint, tensors=tensors).write(tmp_path / str(number))
         engine = Engine(files, SETTING, speculation_of(directory), dtype=dtype)
         engine.generate(prompts, [GREEDY] * len(prompts))
-        sizes.append(engine.core.draft_bytes)
+        sizes.append(engine.core.introduction.draft_bytes)
         chains.append(drafted.copy())
         drafted.clear()
     assert sizes[0] == sizes[1] < sizes[2]
@@ -201,8 +201,7 @@ def test_outputs_do_not_change(
     assert engine.generate(texts, ALL_KINDS) == expected
     assert engine.generate(texts, ALL_KINDS) == expected
     assert engine.num_drafted > 0
-    assert engine.core.draft is not None
-    assert engine.core.draft.endswith(description)
+    assert (engine.core.introduction.draft or "").endswith(description)
 
 
 @dataclass(frozen=True)

@@ -40,10 +40,10 @@ from engine.sampling.grammar_pool import GrammarPool
 from engine.sampling.json_schema import GrammarError, check_json_schema
 from engine.sampling.sampler import Sampler, SamplingRows
 from engine.speculation.drafters.base import DraftCosts, Proposer
-from engine.speculation.length.policy import StopRule
 from engine.step_plan import DraftSlot
 from engine.text.tokenizer import Tokenizer
 from engine.truncation import StopChecker
+from kernels.native_chain import StopRule
 from tests.grammars import begin, compiled, schema, settle, with_grammar
 from tests.tiny_drafts import Engine, Setting
 from tests.tiny_models import make_directory
@@ -111,7 +111,7 @@ def generate(tokenizer: Tokenizer, pool: GrammarPool, seed: int, drafts: bool, *
     sampling = SamplingParams(max_tokens=400, seed=seed, **changes)
     request = make_request(sampling)
     cursor = begin(pool, request)
-    checker = StopChecker(sampling, 1, 1000, tokenizer.eos_token_ids, tokenizer)
+    checker = StopChecker(sampling, 1, 1000, tokenizer.eos_token_ids, tokenizer.token_bytes)
     generator = torch.Generator().manual_seed(seed)
     closing = [i for i in range(tokenizer.vocab_size) if tokenizer.token_bytes(i) in (b'"', b"}", b"]")]
     while True:
@@ -560,7 +560,7 @@ def test_masks_of_drafts_that_were_dropped_are_not_used_for_others(
     sampling = SamplingParams(max_tokens=30, seed=3, grammar=Grammar("regex", "x(a[0-9]{20}|b[A-Z]{20})"))
     plain, prompt, wait = Engine(files, Setting()), [5, 6, 7, 8], GrammarPool.wait
     [expected] = plain.generate([prompt], [sampling])
-    tokenizer = plain.core._tokenizer
+    tokenizer = Tokenizer.from_files(files)
     wrong = tokenizer.encode("bZ" if tokenizer.token_bytes(expected[1]) == b"a" else "a5")
     draft = TwoTries(wrong, expected[1:3])
     monkeypatch.setattr(grammar_client, "_SLOW_SECONDS", math.inf)

@@ -276,14 +276,14 @@ def test_what_a_server_has_learned_itself_goes_on_from_its_checkpoint_and_others
         first.update(answers)
     in_force = first.published()
     again, other = make(tmp_path, in_force), make(tmp_path / "other", None)
-    again.adopt(in_force)
+    again.load(in_force, is_own=True)
     other.load(in_force)
     for grower in (again, other):
         grower.update(answers)
     assert again._progress.step > 1, "the checkpoint's and one more"
     assert other._progress.step == 1
     assert other._progress.anchors == config.growth.one_step_positions + 39
-    again.adopt(in_force)  # another version meanwhile: what was trained does not belong to it
+    again.load(in_force, is_own=True)  # another version meanwhile: what was trained does not belong to it
     again.update(answers)
     assert again._learner is not None
     assert not again._resumes

@@ -18,7 +18,8 @@ from engine.messages import SamplingParams
 from engine.models.config import ModelFiles
 from engine.request import Request
 from engine.sampling import sampler
-from engine.sampling.processors import LogitsEdits, SamplingState
+from engine.sampling.choose import SamplingState
+from engine.sampling.processors import LogitsEdits
 from engine.sampling.sampler import SamplingRows
 from kernels.choose_tokens import RowSampling
 from tests.exact_distribution import distribution, edited
@@ -126,12 +127,13 @@ def test_noise_that_is_used_again_at_the_next_position_is_seen(
 def test_penalties_that_do_not_know_of_the_drafts_are_seen(
     files: ModelFiles, expected: dict[tuple[int, ...], float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    right = LogitsEdits.add_sequence
+
     def forgetful(
         self: LogitsEdits, start: int, request: Request, draft_token_ids: tuple[int, ...], state: SamplingState
     ) -> None:
-        state.commit(request.output_token_ids)
         for row in range(start, start + 1 + len(draft_token_ids)):
-            self._add_row(row, request.sampling, len(request.output_token_ids), state)
+            right(self, row, request, (), state)
 
     monkeypatch.setattr(LogitsEdits, "add_sequence", forgetful)
     assert sample(files, NUM_TO_SEE_BUGS).p_value(expected) < FALSE_ALARM

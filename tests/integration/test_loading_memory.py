@@ -24,7 +24,7 @@ from engine.models.decoder import TorchDecoder, load_model
 from engine.models.native_decoder import NativeDecoder
 from engine.models.quantization.known import quantization_of
 from engine.models.registry import validate_model_files
-from engine.models.safetensors_spec import read_spec
+from engine.models.safetensors_spec import read_config
 from engine.models.stored_tensors import stored_shapes
 from engine.models.weights import open_weights
 from kernels import native
@@ -98,7 +98,7 @@ def make_quantized(directory: Path, config: dict[str, Any], **shape: Any) -> Mod
     change_config(files, quantization_config=config, num_hidden_layers=shape["num_hidden_layers"])
     quantization, tensors = quantization_of({"quantization_config": config}), dict[str, torch.Tensor]()
     assert quantization is not None
-    for name, size in stored_shapes(read_spec(directory), stacks_experts=False).items():
+    for name, size in stored_shapes(read_config(directory)[0], stacks_experts=False).items():
         if not name.endswith("_proj.weight"):
             tensors[name] = torch.randn(size).bfloat16()
             continue

@@ -21,13 +21,12 @@ from engine.loader import LoadedModel
 from engine.loader import load as load_here
 from engine.models.config import ModelFiles
 from engine.models.decoder import load_model
-from engine.models.decoder_share import DecoderShare
 from engine.models.registry import validate_model_files
 from engine.models.weights import open_weights
-from engine.speculation.drafters.head import DraftHead, make_tails
-from engine.tensor_parallel.model import ShardedModel
+from engine.speculation.drafters.head import DraftHead
+from engine.speculation.drafters.session_head import make_tails
+from engine.tensor_parallel.model import Shard, ShardedModel
 from engine.tensor_parallel.ranks import Argument, Ranks
-from engine.tensor_parallel.shard import Shard
 from kernels.head_rows import EMPTY
 from tests.reference_logits import CPU, load, logits_of
 from tests.tiny_families import FAMILIES, TinyFamily
@@ -88,8 +87,8 @@ def test_logits_are_those_of_the_whole_model(family: TinyFamily, size: int, tmp_
     spec, whole, token_ids = validate_model_files(files), load(files), list(range(5, 505, 10))
 
     def compute(ranks: Ranks) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        model = load_model(open_weights(files), spec, torch.float32, CPU, ranks=ranks)
-        share, ids = DecoderShare(**vars(model), ranks=ranks), torch.tensor(token_ids)
+        share = load_model(open_weights(files), spec, torch.float32, CPU, ranks=ranks)
+        ids = torch.tensor(token_ids)
         return logits_of(share, token_ids), share.embed(ids), share.head_rows(ids)
 
     with ThreadPoolExecutor(size) as threads:
@@ -135,7 +134,7 @@ def search(loaded: LoadedModel, core: Sequence[int] | None) -> list[tuple[torch.
     if core is None:
         head = DraftHead(loaded)
         return [head.candidates(hidden, None, count) for count in (1, 64)]
-    tails = make_tails(loaded, 3, 7) if loaded.all_ranks is None else loaded.all_ranks.make_tails(3, 7)
+    tails = make_tails(loaded, 3, 7)
     head = DraftHead(loaded, torch.tensor(core), tails)
     tails.write([0, 0, 0, 1, 1, 2], [0, 3, 6, 1, 2, 5], [0, 501, 4, 502, 5, 1])
     tails.write([0, 1], [3, 1], [503, 2])

@@ -18,10 +18,10 @@ from structlog.testing import capture_logs
 
 from server.errors import ApiError
 from server.options import RedisConfig
+from server.processes import valkey_url as url_of_valkey_in
 from server.rate_limit import RateLimiter, TokenBuckets
 from server.redis_gate import REDIS_ERRORS, REDIS_SKIPPED, RedisGate
 from server.tenants import Tenant
-from server.valkey import valkey_url as url_of_valkey_in
 from tests.running_valkey import running_valkey
 
 PATIENCE = 10.0

@@ -93,7 +93,7 @@ def log_and_learn(url: str) -> None:
     log, reader = TokenLog(url, STREAM, interval=0.05), TokenLogReader(url, STREAM)
     log.log(record(0))
     log.close()
-    assert log.stats().num_written == 1
+    assert log.stats.num_written == 1
     [found] = reader.read(9)
     reader.acknowledge([found])
     assert reader.backlog() == 0

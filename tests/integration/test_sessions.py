@@ -17,9 +17,9 @@ from structlog.testing import capture_logs
 from engine.messages import EngineOutput, EngineRequest
 from engine.models.config import ModelFiles
 from engine.text.tokenizer import Tokenizer
+from server.processes import valkey_url
 from server.session_ids import session_key
 from server.tenants import hash_key
-from server.valkey import valkey_url
 from tests.integration.running_api import running_api
 from tests.integration.snapshots import snapshot_of, tokens_of
 from tests.running_valkey import running_valkey

@@ -8,7 +8,6 @@ import pytest
 
 from adapters.alignment import synthetic
 from engine.adapters_config import AdaptersConfig
-from engine.config import EngineConfig
 from engine.core import Outputs
 from engine.messages import EngineOutput, EngineRequest, SamplingParams
 from engine.models.config import ModelFiles
@@ -131,7 +130,7 @@ class Served:
 
     def __init__(self, engine: Engine, address: str) -> None:
         self._core = engine.core
-        self._process = EngineProcess(EngineConfig(address=address), engine.core, "tiny", FileCheck({}))
+        self._process = EngineProcess(address, engine.core, FileCheck({}))
 
     def step(self) -> None:
         self._process._receive(0)

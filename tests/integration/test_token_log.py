@@ -128,10 +128,10 @@ def record(number: int) -> VerifyRecord:
 
 def write(token_log: TokenLog, start: int, end: int) -> None:
     """Log records and wait until they are out of the queue."""
-    done = total(token_log.stats())
+    done = total(token_log.stats)
     for number in range(start, end):
         token_log.log(record(number))
-    wait_until(lambda: total(token_log.stats()) == done + end - start)
+    wait_until(lambda: total(token_log.stats) == done + end - start)
 
 
 def total(stats: TokenLogStats) -> int:
@@ -163,7 +163,7 @@ def test_records_arrive_once_in_order_and_in_bounded_reads(token_log: TokenLog, 
     reader.acknowledge(first)
     assert read_all(reader) == list(range(10, 25))
     assert reader.backlog() == 0
-    assert token_log.stats() == TokenLogStats(25, 0, 0)
+    assert token_log.stats == TokenLogStats(25, 0, 0)
 
 
 def test_stopped_redis_never_holds_up_the_engine(valkey: Valkey, token_log: TokenLog, reader: TokenLogReader) -> None:
@@ -178,15 +178,15 @@ def test_stopped_redis_never_holds_up_the_engine(valkey: Valkey, token_log: Toke
             token_log.log(record(number))
             durations.append(time.perf_counter() - before)
             number += 1
-            return token_log.stats()
+            return token_log.stats
 
         # Two batches time out, so the second try is in it, and the queue is full.
-        wait_until(lambda: log_next().num_dropped_by_redis > 64 and token_log.stats().num_dropped_by_queue > 0)
+        wait_until(lambda: log_next().num_dropped_by_redis > 64 and token_log.stats.num_dropped_by_queue > 0)
         assert np.quantile(durations, 0.9) < 0.005
         assert max(durations) < 0.9  # a time-out is a second
-    wait_until(lambda: total(token_log.stats()) == number)
+    wait_until(lambda: total(token_log.stats) == number)
     write(token_log, number, number + 10)
-    stats = token_log.stats()
+    stats = token_log.stats
     assert total(stats) == number + 10
     found = read_all(reader)
     assert found[:10] == list(range(10))
@@ -199,7 +199,7 @@ def test_redis_that_comes_back_empty(valkey: Valkey, token_log: TokenLog, reader
     assert numbers(reader.read(5)) == list(range(5))
     valkey.kill()
     write(token_log, 10, 20)
-    assert token_log.stats().num_dropped_by_redis == 10
+    assert token_log.stats.num_dropped_by_redis == 10
     for _ in range(2):
         with pytest.raises(TokenLogUnavailable):
             reader.read(5)
@@ -207,17 +207,17 @@ def test_redis_that_comes_back_empty(valkey: Valkey, token_log: TokenLog, reader
         reader.backlog()
     valkey.start()
     write(token_log, 20, 30)
-    assert token_log.stats().num_dropped_by_redis in (10, 20)  # the first try may find the old connection
+    assert token_log.stats.num_dropped_by_redis in (10, 20)  # the first try may find the old connection
     write(token_log, 30, 40)
     found = read_all(reader)
     assert found[-10:] == list(range(30, 40))
-    assert len(found) == token_log.stats().num_written - 10
+    assert len(found) == token_log.stats.num_written - 10
 
 
 def test_full_redis_drops_are_counted(valkey: Valkey, token_log: TokenLog, reader: TokenLogReader) -> None:
     valkey.redis.config_set("maxmemory", "1")
     write(token_log, 0, 10)
-    assert token_log.stats() == TokenLogStats(0, 0, 10)
+    assert token_log.stats == TokenLogStats(0, 0, 10)
     valkey.redis.config_set("maxmemory", "0")
     write(token_log, 10, 20)
     assert read_all(reader) == list(range(10, 20))
@@ -244,8 +244,8 @@ def test_a_whole_batch_does_not_wait_for_the_interval_and_fewer_records_do(valke
         token_log.log(record(number))
         if number == 9:
             time.sleep(0.3)
-            assert token_log.stats().num_written == 0
-    wait_until(lambda: token_log.stats().num_written == 65)
+            assert token_log.stats.num_written == 0
+    wait_until(lambda: token_log.stats.num_written == 65)
     token_log.close()
 
 

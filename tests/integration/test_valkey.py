@@ -16,9 +16,9 @@ from redis.asyncio import Redis
 from structlog.testing import capture_logs
 
 from server.options import RedisConfig
+from server.processes import embedded_valkey, valkey_url
 from server.redis_gate import RedisGate, RedisUnavailable
 from server.supervisor import ProcessFailed, SupervisedProcess
-from server.valkey import embedded_valkey, valkey_url
 from tests.running_valkey import running_valkey
 
 
@@ -144,7 +144,7 @@ def test_children_die_with_a_killed_parent(tmp_path: Path) -> None:
     script = f"""
 import asyncio, pathlib
 from engine.log import configure_logging
-from server.valkey import embedded_valkey
+from server.processes import embedded_valkey
 configure_logging("info", "json")
 async def main():
     valkey = embedded_valkey(pathlib.Path({str(tmp_path)!r}))

@@ -197,7 +197,7 @@ def test_damaged_snapshots_start_cold(
     assert outputs == expected["greedy"]
     assert engine.core.stats().snapshots_refused == len(prompts)
     for data in snapshots:
-        assert decode(data, engine.core.vocabulary, VOCAB_SIZE).num_verified_tokens == NUM_TOKENS
+        assert decode(data, engine.core.introduction.vocabulary, VOCAB_SIZE).num_verified_tokens == NUM_TOKENS
 
 
 @pytest.mark.parametrize("draft", ["eagle3", "target itself"])

@@ -20,7 +20,7 @@ from engine.models.config import ModelFiles
 from engine.models.eagle3 import load_draft
 from engine.models.lora import draft_fingerprint, lora_layout
 from engine.models.registry import resolve_model
-from engine.online.weight_writer import WeightWriter
+from engine.online.weight_channel import WeightWriter
 from engine.online.whole_draft import whole_layout
 from engine.speculation.draft_files import DRAFTS
 from engine.text.tokenizer import Tokenizer

@@ -123,11 +123,11 @@ async def test_bodies_come_in_in_their_order_as_room_allows_and_other_tenants_ha
 
 async def test_room_that_is_not_needed_after_all_is_the_nexts() -> None:
     room, entered = BodyRoom(10), list[int]()
-    async with room.hold("acme", 10) as held:
+    async with room.hold("acme", 10) as shrink:
         second = asyncio.create_task(holding(room, "acme", 7, asyncio.Event(), entered))
         third = asyncio.create_task(holding(room, "acme", 2, asyncio.Event(), entered))
         await asyncio.sleep(0)
-        held.shrink(3)
+        shrink(3)
         await until(lambda: entered == [7])
     await until(lambda: entered == [7, 2])
     for task in (second, third):
@@ -363,7 +363,8 @@ async def test_prompts_to_echo_are_decoded_once_and_written_out_beside_the_event
     monkeypatch.setattr("server.routes.completions.CompletionChoice", choice)
     prompts = [[300 + number] * 60 for number in range(30)]
     async with serve(one_token) as api:
-        backend = api.app.state.tokenizer.backend = WatchedBackend(api.app.state.tokenizer.backend)
+        tokenizer = api.app.state.serving.tokenizer
+        backend = tokenizer.backend = WatchedBackend(tokenizer.backend)
         answer = await api.post("/v1/completions", prompt=prompts, n=4, echo=True, max_tokens=1)
         texts = [api.tokenizer.decode([*prompt, 300]) for prompt in prompts for _ in range(4)]
     assert [one["text"] for one in answer.json()["choices"]] == texts
@@ -373,7 +374,8 @@ async def test_prompts_to_echo_are_decoded_once_and_written_out_beside_the_event
 
 async def test_the_event_loop_goes_on_while_ids_are_decoded(serve: Any) -> None:
     async with serve(silent) as api:
-        backend = api.app.state.tokenizer.backend = WatchedBackend(api.app.state.tokenizer.backend)
+        tokenizer = api.app.state.serving.tokenizer
+        backend = tokenizer.backend = WatchedBackend(tokenizer.backend)
         interval = sys.getswitchinterval()
         sys.setswitchinterval(1000)  # a thread goes on only where another lets it
         try:

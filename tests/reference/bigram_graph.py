@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.draft_vocab.bigram_graph import CONTINUATIONS, LOG_PROB_SCALE, BigramGraph
+from engine.draft_vocab.bigram_graph import BigramGraph
 from tests.reference.context_table import ContextTable
 from tests.reference.continuations import Continuations
 
@@ -16,7 +16,7 @@ NEIGHBOURS_PER_SEED = 8
 _GENERAL_WEIGHT = 8.0
 
 
-def continuations(graph: BigramGraph, token_ids: NDArray[np.int32], width: int = CONTINUATIONS) -> Continuations:
+def continuations(graph: BigramGraph, token_ids: NDArray[np.int32], width: int = BigramGraph.width) -> Continuations:
     """What follows each token, for the prior: 1 + log p / log(1 / ``MIN_PROBABILITY``), so 0 .. 1.
 
     Args:
@@ -29,7 +29,7 @@ def continuations(graph: BigramGraph, token_ids: NDArray[np.int32], width: int =
     places[~valid] = 0
     if not len(graph.token_ids):
         return Continuations(np.full(places.shape, -1, np.int32), np.zeros(places.shape, np.float32))
-    values = 1.0 + graph.log_probs[places] * np.float32(LOG_PROB_SCALE)
+    values = 1.0 + graph.log_probs[places] * np.float32(graph.scale)
     return Continuations(
         np.where(valid, graph.token_ids[places], np.int32(-1)), np.where(valid, values, np.float32(0.0))
     )

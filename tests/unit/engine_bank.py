@@ -17,7 +17,7 @@ from engine.models.eagle3_config import Eagle3Config
 from engine.models.lora import lora_layout
 from engine.online.adapters import EagleAdapters
 from engine.online.shared_file import SharedFile
-from engine.online.weight_writer import WeightWriter
+from engine.online.weight_channel import WeightWriter
 from engine.online.whole_draft import whole_layout
 from engine.request import Request
 from engine.speculation.drafters.eagle_network import TorchEagleNetwork

@@ -71,9 +71,9 @@ class Simulation:
 
     def step(self, abort: str | None = None) -> SchedulerOutput:
         """One step; ``abort``: a request id that is aborted between schedule and commit."""
-        reservation = self.scheduler.reserve(self if self._num_drafts else None)
-        self._draft(reservation.slots)
-        output = self.scheduler.schedule(reservation)
+        decodes, slots = self.scheduler.reserve(self if self._num_drafts else None)
+        self._draft(slots)
+        output = self.scheduler.schedule(decodes)
         self._check(output)
         self._end_stalls()
         sampled = [self._forward(sequence) for sequence in output.sequences]

@@ -9,9 +9,8 @@ import torch
 
 from adapters.alignment.publisher import AdapterPublisher
 from adapters.alignment.store import AdapterStore
-from engine.online.weight_channel import WeightChannel
+from engine.online.weight_channel import WeightChannel, WeightWriter
 from engine.online.weight_layout import TensorSpec, WeightLayout
-from engine.online.weight_writer import WeightWriter
 
 LAYOUT = WeightLayout((TensorSpec("a", (4,), torch.float32),), "draft")
 WEIGHTS = {"a": torch.ones(4)}

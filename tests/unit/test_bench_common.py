@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from benchmarks.common.acceptance import Run, estimate, length, mean, paired, ratio
 from benchmarks.common.in_process import Generation, take_turns
-from benchmarks.common.time_limit import bounded
 from benchmarks.equality import compare
+from benchmarks.step_share import bounded
 
 
 class Clock:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import pytest
@@ -13,14 +12,13 @@ from pydantic import ValidationError
 from benchmarks.common.drafting import NONE, Drafting
 from benchmarks.common.in_process import Generation
 from benchmarks.prompts.build import Prompt
-from benchmarks.vocabulary import conversation, switch, tenants
+from benchmarks.vocabulary import conversation, switch
 from benchmarks.vocabulary.modes import FULL, HARD_SWITCH, NANOSPEC, make_mode
 from benchmarks.vocabulary.sessions import counts
 from benchmarks.vocabulary.switch import TOPICS, lengths, settled_after, shares
-from benchmarks.vocabulary.tenants import LEARNING, NEW_TENANT, RETURNING_SESSION, RETURNING_TENANT
 from engine.config import MAX_TAIL_TOKENS
 
-DRAFTING = Drafting("eagle3", None, 4, adaptive=False)
+DRAFTING = Drafting()
 DOMAINS = ["code", "law", "medicine", "general"]
 OURS = "dynamic:2048+1024"
 
@@ -80,22 +78,6 @@ def test_a_session_that_switches_goes_on_through_all_topics() -> None:
     assert {ask.session for _, ask in first} == {"session-0"}
     assert len({ask.tenant for _, ask in asks}) == 2
     assert len({ask.messages[0]["content"] for _, ask in asks}) == len(asks)
-
-
-def test_no_tenant_meets_a_prompt_twice_and_the_past_is_learned_first() -> None:
-    asks = list(tenants.asks(PROMPTS, 3))
-    met = Counter((ask.tenant, ask.messages[0]["content"]) for _, ask in asks)
-    assert set(met.values()) == {1}
-    kinds = [labels["kind"] for labels, _ in asks]
-    assert kinds.index(NEW_TENANT) == kinds.count(LEARNING) == 2 * 3 * 4
-    asked = {kind: [ask for labels, ask in asks if labels["kind"] == kind] for kind in kinds}
-    for kind in (RETURNING_TENANT, RETURNING_SESSION):
-        assert [ask.messages for ask in asked[kind]] == [ask.messages for ask in asked[NEW_TENANT]]
-    past = {ask.session for ask in asked[LEARNING]}
-    assert {ask.session for ask in asked[RETURNING_SESSION]} <= past
-    assert not past & {ask.session for ask in asked[RETURNING_TENANT] + asked[NEW_TENANT]}
-    assert {ask.tenant for ask in asked[RETURNING_TENANT]} <= {ask.tenant for ask in asked[LEARNING]}
-    assert len({ask.tenant for ask in asked[NEW_TENANT]}) == len(asked[NEW_TENANT])
 
 
 def test_a_conversation_is_one_session_and_asks_nothing_twice() -> None:

@@ -126,12 +126,12 @@ class KVCacheMachine(RuleBasedStateMachine):
     def allocate(self, request: Request, num_ahead: int, keep_free: int) -> None:
         """First admission, re-admission, or room to grow (``num_ahead`` drafts)."""
         is_new = request not in self.holders
-        before = self.kv.num_used_blocks, [] if is_new else list(self.kv.block_ids(request))
+        before = self.kv.num_used_blocks, list(request.block_ids)
         cached = self.kv.cached_blocks(request) if is_new else []
         num_new = self.kv.num_new_blocks(request) if is_new else 0
         allowed = self.kv.allocate(request, request.num_tokens + num_ahead, keep_free, cached)
         if not allowed:
-            assert (self.kv.num_used_blocks, [] if is_new else list(self.kv.block_ids(request))) == before
+            assert (self.kv.num_used_blocks, list(request.block_ids)) == before
             return
         assert self.kv.num_slots(request) >= request.num_tokens + num_ahead
         if self.kv.num_used_blocks > before[0]:
@@ -213,10 +213,10 @@ class KVCacheMachine(RuleBasedStateMachine):
         assert all(len(prefixes) == 1 for prefixes in users.values())
 
     def held(self, request: Request) -> list[int]:
-        return list(self.kv.block_ids(request)[self.num_returned.get(request, 0) :])
+        return list(request.block_ids[self.num_returned.get(request, 0) :])
 
     def slot(self, request: Request, position: int) -> tuple[int, int]:
-        return self.kv.block_ids(request)[position // BLOCK_SIZE], position % BLOCK_SIZE
+        return request.block_ids[position // BLOCK_SIZE], position % BLOCK_SIZE
 
     def teardown(self) -> None:
         if hasattr(self, "kv"):

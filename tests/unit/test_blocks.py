@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.generation import Piece
-from server.tools.blocks import Begin, Block, BlockWriter, Change, End, More
+from server.tools.answer_parser import AnswerParser
+from server.tools.blocks import Block, BlockWriter, Change
 from server.tools.chat_format import HERMES, ChatFormat
 
 CALL = '<tool_call>\n{"name": "f", "arguments": {"a": "}\\n"}}\n</tool_call>'
@@ -27,16 +28,17 @@ def check(changes: list[Change]) -> list[tuple[str, str, str]]:
     blocks: list[tuple[str, str, str]] = []
     open_block: Block | None = None
     for change in changes:
-        match change:
-            case Begin(block):
+        block = change.block
+        match change.kind:
+            case "begin":
                 assert open_block is None
                 assert block.index == len(blocks)
                 open_block, text = block, ""
-            case More(block, more):
+            case "more":
                 assert block is open_block
-                assert more
-                text += more
-            case End(block):
+                assert change.text
+                text += change.text
+            case "end":
                 assert block is open_block
                 assert block.text == text
                 blocks.append((block.kind, block.name, text))
@@ -47,7 +49,7 @@ def check(changes: list[Change]) -> list[tuple[str, str, str]]:
 
 @given(st.lists(st.integers(0, len(TEXT)), max_size=40))
 def test_no_split_changes_the_blocks(cuts: list[int]) -> None:
-    writer = BlockWriter(ChatFormat(HERMES, thinks=True), with_calls=True, is_thinking=False)
+    writer = BlockWriter(AnswerParser(ChatFormat(HERMES, thinks=True), with_calls=True, is_thinking=False))
     ends = [0, *sorted(cuts), len(TEXT)]
     changes: list[Change] = []
     for begin, end in pairwise(ends):
@@ -61,7 +63,7 @@ def test_no_split_changes_the_blocks(cuts: list[int]) -> None:
 
 @pytest.mark.parametrize("end", [("length", None), ("stop", "x")])
 def test_a_call_that_is_cut_off_is_not_whole(end: tuple[str, Any]) -> None:
-    writer = BlockWriter(ChatFormat(HERMES, thinks=False), with_calls=True, is_thinking=False)
+    writer = BlockWriter(AnswerParser(ChatFormat(HERMES, thinks=False), with_calls=True, is_thinking=False))
     assert check([*writer.write([piece(CALL[:45], *end)])])[0][:2] == ("call", "f")
     [block] = writer.blocks
     assert not block.is_whole
@@ -69,5 +71,5 @@ def test_a_call_that_is_cut_off_is_not_whole(end: tuple[str, Any]) -> None:
 
 
 def test_an_answer_without_text_has_no_blocks() -> None:
-    writer = BlockWriter(ChatFormat(None, thinks=False), with_calls=False, is_thinking=False)
+    writer = BlockWriter(AnswerParser(ChatFormat(None, thinks=False), with_calls=False, is_thinking=False))
     assert [*writer.write([piece("", "stop")])] == []

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.prompts.broad_text import REPOSITORIES, Repository, documents_of, files_of, write
 from benchmarks.prompts.build import read_eval, shingles
-from benchmarks.prompts.evaluation import evaluation_shingles
+from benchmarks.prompts.sets import evaluation_shingles
 
 PROMPT = next(prompt.passage for prompt in read_eval() if len(prompt.passage.split()) > 30)
 QUOTED = "We read: " + " ".join(PROMPT.split()[5:25]).upper() + "!"

@@ -8,7 +8,7 @@ from server import cli
 from server.command_line import COMMON, check_flags, help_text, with_model_flag
 from server.foreign_options import ADVICE
 from server.options import AuthConfig, LimitsConfig
-from server.settings import SHORTCUTS, ConfigurationError, load_settings, option_names
+from server.settings import SHORTCUTS, ConfigurationError, all_options, load_settings
 from server.tenants import TenantRegistry
 
 
@@ -85,7 +85,7 @@ def test_options_that_stand_for_those_of_others_are_options() -> None:
 
 
 def test_every_option_is_known() -> None:
-    check_flags([f"--{'.'.join(path)}" for path in option_names()])
+    check_flags([f"--{name}" for name in all_options()])
     check_flags([f"--{shortcut}" for shortcut in SHORTCUTS.values()])
     check_flags(["--http.port=5", "--engine.cache.max_bytes", "-5", "--no-insecure"])
 
@@ -124,7 +124,6 @@ def test_help_has_the_common_options_first_and_all_options_once(
     assert text == help_text("serve", (cli.serve_command.__doc__ or "")) + "\n"
     assert "Undefined" not in text, "a default that is found when the server starts"
     shown = [line.split()[0] for line in text.splitlines() if line.startswith("  --")]
-    names = [".".join(path) for path in option_names()]
     assert shown[: len(COMMON)] == [f"--{SHORTCUTS.get(name, name)}" for name in COMMON]
-    assert sorted(shown) == sorted(f"--{SHORTCUTS.get(name, name)}" for name in names)
+    assert sorted(shown) == sorted(f"--{SHORTCUTS.get(name, name)}" for name in all_options())
     assert len(COMMON) <= 15

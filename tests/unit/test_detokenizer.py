@@ -43,7 +43,7 @@ def splits(draw: st.DrawFn, ids: list[int]) -> list[list[int]]:
 
 @given(st.data(), TEXT)
 def test_any_split_of_any_text(data: st.DataObject, text: str) -> None:
-    detokenizer = IncrementalDetokenizer(TOKENIZER)
+    detokenizer = IncrementalDetokenizer(TOKENIZER.token_bytes)
     pieces = [detokenizer.push(part) for part in data.draw(splits(TOKENIZER.encode(text)))]
     assert "".join(pieces) == text
     assert detokenizer.finish() == ""
@@ -52,7 +52,7 @@ def test_any_split_of_any_text(data: st.DataObject, text: str) -> None:
 @given(st.data(), st.lists(st.integers(0, TOKENIZER.vocab_size - 1), max_size=30))
 def test_any_tokens_give_the_decoding_of_all(data: st.DataObject, ids: list[int]) -> None:
     """Also sequences no text encodes to: broken UTF-8, special tokens, ids without a token."""
-    detokenizer = IncrementalDetokenizer(TOKENIZER)
+    detokenizer = IncrementalDetokenizer(TOKENIZER.token_bytes)
     text = "".join(detokenizer.push(part) for part in data.draw(splits(ids))) + detokenizer.finish()
     assert text == TOKENIZER.decode(ids)
 
@@ -60,7 +60,7 @@ def test_any_tokens_give_the_decoding_of_all(data: st.DataObject, ids: list[int]
 @given(TEXT)
 def test_pieces_are_beginnings_of_the_text(text: str) -> None:
     """After each token: no replacement character that a later token would have completed."""
-    detokenizer = IncrementalDetokenizer(TOKENIZER)
+    detokenizer = IncrementalDetokenizer(TOKENIZER.token_bytes)
     so_far = ""
     for token_id in TOKENIZER.encode(text):
         so_far += detokenizer.push([token_id])
@@ -68,7 +68,7 @@ def test_pieces_are_beginnings_of_the_text(text: str) -> None:
 
 
 def test_incomplete_character_at_the_end_is_one_replacement() -> None:
-    detokenizer = IncrementalDetokenizer(TOKENIZER)
+    detokenizer = IncrementalDetokenizer(TOKENIZER.token_bytes)
     ids = [i for i in range(TOKENIZER.vocab_size) if TOKENIZER.token_bytes(i) in (b"\xf0", b"\x9f")]
     assert len(ids) == 2
     ids.sort(key=TOKENIZER.token_bytes, reverse=True)

@@ -11,8 +11,10 @@ from engine.loader import LoadedModel, load
 from engine.messages import SamplingParams
 from engine.models.registry import validate_model_files
 from engine.sampling.choose import choose_tokens
-from engine.speculation.drafters.head import CANDIDATES, DraftHead, make_tails
+from engine.speculation.drafters.head import CANDIDATES, DraftHead
+from engine.speculation.drafters.session_head import make_tails
 from kernels import native
+from kernels.head_rows import TailSlabs
 from tests.tiny_models import VOCAB_SIZE, make_directory, make_gguf
 
 HIDDEN = 128
@@ -61,6 +63,7 @@ def test_rows_draft_from_the_core_and_their_own_tail(loaded: LoadedModel) -> Non
     outside = logits.clone()
     outside[:, CORE] = -torch.inf
     tails = make_tails(loaded, num_slabs=3, slots=7)
+    assert isinstance(tails, TailSlabs)
     tails.write(2, range(7), outside[:2].topk(4, dim=1).indices.flatten()[:7].tolist())
     head = DraftHead(loaded, CORE, tails)
     assert head.description == f"static:{len(CORE)} + 7"
@@ -92,6 +95,7 @@ def test_samples_are_those_of_the_allowed_tokens(loaded: LoadedModel) -> None:
     hidden = hidden_states(loaded).repeat(40, 1)
     tail = [1, 200, 201, 510]
     tails = make_tails(loaded, num_slabs=2, slots=8)
+    assert isinstance(tails, TailSlabs)
     tails.write(1, [0, 2, 3, 7], tail)
     assert len(CORE) + len(tail) <= CANDIDATES
     params = [

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from engine.speculation.length.adaptive import AdaptiveLength
 from engine.speculation.length.costs import Curve, ServedCosts, StepCosts, without_spikes
 from engine.speculation.length.plan import best_plan, best_verified
-from engine.speculation.length.policy import Chain, Draftable, Repeat
+from engine.speculation.length.policy import Chain, Draftable
 from kernels.native_chain import CONFIDENCE_LEVELS
 from tests.named_policy import NamedPolicy
 
@@ -73,10 +73,8 @@ def geometric(chance: float, limit: int) -> list[float]:
     return [chance**place for place in range(1, limit + 1)]
 
 
-def chain_of(confidence: list[int] | None = None, length: int = 1, *, copied: bool = False) -> Chain:
-    return Chain(
-        [7] * (length if confidence is None else len(confidence)), confidence or [], greedy=True, copied=copied
-    )
+def chain_of(confidence: list[int] | None = None, length: int = 1) -> Chain:
+    return Chain([7] * (length if confidence is None else len(confidence)), confidence or [])
 
 
 def lengths(
@@ -84,7 +82,7 @@ def lengths(
     names: Sequence[str],
     limits: Sequence[int],
     num_joining: int = 0,
-    repeats: dict[str, Repeat] | None = None,
+    repeats: dict[str, list[int]] | None = None,
     num_unread: int = 0,
 ) -> list[int]:
     of_names = dict(zip(names, limits, strict=True))
@@ -103,7 +101,7 @@ def simulate(policy: NamedPolicy, acceptance: float, steps: int, limit: int = 6,
             while len(outcomes) < length and all(outcomes):
                 outcomes.append(chance.random() < acceptance)
             if length:
-                policy.record_drafts(request_id, chain_of(length=length), outcomes, None)
+                policy.record_drafts(request_id, chain_of(length=length), outcomes)
         history.append(chosen)
     return history
 
@@ -216,9 +214,9 @@ def test_a_sequence_that_is_drafted_badly_does_not_stop_the_others() -> None:
     policy = NamedPolicy(CHEAP)
     for _ in range(30):
         good, bad = lengths(policy, ["good", "bad"], [4, 4], 0)
-        policy.record_drafts("good", chain_of(), [True] * good, None)
+        policy.record_drafts("good", chain_of(), [True] * good)
         if bad:
-            policy.record_drafts("bad", chain_of(), [False], None)
+            policy.record_drafts("bad", chain_of(), [False])
     assert lengths(policy, ["good", "bad"], [4, 4], 0) == [4, 0]
 
 
@@ -254,14 +252,14 @@ def test_the_stop_rule_counts_in_tokens() -> None:
     policy = NamedPolicy(costs, stops_early=True)
     lengths(policy, ["a", "b"], [2, 2])
     for _ in range(200):
-        policy.record_drafts("a", chain_of(), [False], None)
-        policy.record_drafts("b", chain_of(), [False], None)
+        policy.record_drafts("a", chain_of(), [False])
+        policy.record_drafts("b", chain_of(), [False])
     assert lengths(policy, ["a", "b"], [2, 2], 0) == [0, 0]  # so the rate is that without drafts
     rule = policy.stop_rule({"a": 2, "b": 2})
     assert rule is not None
     assert rule.verify_costs == pytest.approx([0.5, 0.5])
     assert rule.draft_cost == pytest.approx(2.0)
-    assert [len(rule.acceptance[one]) for one in policy.of("ab")] == [2, 2]
+    assert [len(one.acceptance) for one in policy.of("ab")] == [2, 2]
 
 
 def test_what_the_draft_is_sure_of_is_verified_and_the_rest_is_not() -> None:
@@ -280,7 +278,7 @@ def test_how_much_sureness_is_worth_is_learned_from_what_was_accepted() -> None:
     lengths(policy, ["a"], [1], 0)
     rules = [policy.stop_rule({"a": 1})]
     for _ in range(500):
-        policy.record_drafts("a", chain_of([UNSURE]), [True], None)
+        policy.record_drafts("a", chain_of([UNSURE]), [True])
     rules.append(policy.stop_rule({"a": 1}))
     before, after = (rule.chances[0] for rule in rules if rule is not None)
     assert before[0, UNSURE] < 0.3
@@ -293,7 +291,7 @@ def test_a_draft_that_was_dropped_is_judged_by_the_token_that_came() -> None:
     policy = NamedPolicy(FLAT_TO_8, stops_early=True)
     assert lengths(policy, ["a"], [6], 0) == [6]
     for _ in range(300):
-        policy.record_drafts("a", chain_of([UNSURE]), [False], None)
+        policy.record_drafts("a", chain_of([UNSURE]), [False])
     assert lengths(policy, ["a"], [6], 0) == [0]
 
 
@@ -306,9 +304,9 @@ def test_a_long_repeat_is_copied_where_drafts_cost_too_much() -> None:
     ids = [str(number) for number in range(8)]
     lengths(policy, ids, [6] * 8)
     for _ in range(300):
-        policy.record_drafts("0", chain_of(), [False], None)
-    assert lengths(policy, ids[:6], [6] * 6, repeats={"1": Repeat(LONG, True)}) == [0, 2, 0, 0, 0, 0]
-    lengths(policy, ids, [6] * 8, repeats={"1": Repeat(SHORT, True)})
+        policy.record_drafts("0", chain_of(), [False])
+    assert lengths(policy, ids[:6], [6] * 6, repeats={"1": LONG}) == [0, 2, 0, 0, 0, 0]
+    lengths(policy, ids, [6] * 8, repeats={"1": SHORT})
     assert not policy.copied()
 
 
@@ -325,7 +323,7 @@ def test_a_crowd_that_gets_no_drafts_is_looked_at_now_and_then_until_one_of_it_i
     assert sum(rested[16:]) == 30  # of 40
     assert not policy.rests(ids[:7])
     assert [policy.rests(ids) for _ in range(20)].count(False) == 17
-    lengths(policy, ids, [6] * 8, repeats={"1": Repeat(LONG, True)})
+    lengths(policy, ids, [6] * 8, repeats={"1": LONG})
     assert policy.copied() == {"1"}
     assert not any(policy.rests(ids) for _ in range(16))
 
@@ -334,26 +332,28 @@ def test_copies_are_judged_by_what_became_of_them_also_where_none_was_taken() ->
     policy = NamedPolicy(CHEAP)
     lengths(policy, ["a"], [6])
     for greedy in (True, False) * 300:
-        policy.record_copy("a", Repeat(LONG, greedy), [False])
-    lengths(policy, ["a"], [6], repeats={"a": Repeat(LONG, True)})
+        policy.sequences["a"].greedy = greedy
+        policy.record_copy("a", LONG, [False])
+    policy.sequences["a"].greedy = True
+    lengths(policy, ["a"], [6], repeats={"a": LONG})
     assert not policy.copied()
     for _ in range(300):
-        policy.record_copy("a", Repeat(LONG, True), [True] * 6)
-    assert lengths(policy, ["a"], [6], repeats={"a": Repeat(LONG, True)}) == [6]
+        policy.record_copy("a", LONG, [True] * 6)
+    assert lengths(policy, ["a"], [6], repeats={"a": LONG}) == [6]
     assert policy.copied() == {"a"}
-    lengths(policy, ["a"], [6], repeats={"a": Repeat(LONG, False)})
+    policy.sequences["a"].greedy = False
+    lengths(policy, ["a"], [6], repeats={"a": LONG})
     assert not policy.copied()  # sampled ones are judged apart
 
 
 def test_drafts_that_are_better_where_a_text_repeats_are_drafted_there() -> None:
     policy = NamedPolicy(CHEAP)
-    repeat = Repeat(SHORT, True)
     lengths(policy, ["a"], [6])
     for _ in range(300):
-        policy.record_copy("a", repeat, [False])
-        policy.record_drafts("a", chain_of(), [True] * 4, repeat)
-        policy.record_drafts("a", chain_of(), [False], None)
-    assert lengths(policy, ["b"], [6]) < lengths(policy, ["b"], [6], repeats={"b": repeat})
+        policy.record_copy("a", SHORT, [False])
+        policy.record_drafts("a", chain_of(), [True] * 4, SHORT)
+        policy.record_drafts("a", chain_of(), [False])
+    assert lengths(policy, ["b"], [6]) < lengths(policy, ["b"], [6], repeats={"b": SHORT})
 
 
 def test_a_text_is_read_for_drafts_only_where_they_promise_more_than_that_takes() -> None:
@@ -380,7 +380,7 @@ def test_drafts_that_take_longer_than_expected_are_left_out_and_tried_again() ->
         history.append(lengths(policy, ["a"], [1])[0])
         if history[-1]:
             policy.worth_verifying({"a": chain_of()})
-            policy.record_drafts("a", chain_of(), [step % 3 == 0], None)
+            policy.record_drafts("a", chain_of(), [step % 3 == 0])
             policy.policy.record_seconds(4.0)
     assert all(history[:5])
     last = history[600:]
@@ -409,7 +409,7 @@ def test_a_step_that_takes_more_than_it_was_measured_to_makes_drafts_worth_more(
     dear = StepCosts(verify=Curve([(1, 1.0), (8, 8.0)]), first_draft=Curve([(1, 0.5)]), next_draft=Curve([(1, 0.5)]))
     policy = NamedPolicy(dear)
     for _ in range(200):
-        policy.record_drafts("a", chain_of(), [True], None)
+        policy.record_drafts("a", chain_of(), [True])
     assert lengths(policy, ["a"], [6]) == [0]
     for _ in range(200):
         policy.policy.record_step(1, 4.0)

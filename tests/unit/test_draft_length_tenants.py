@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from engine.speculation.length import acceptance
 from engine.speculation.length.acceptance import Tenants
 from engine.speculation.length.costs import Curve, StepCosts
-from engine.speculation.length.policy import Chain, Repeat
+from engine.speculation.length.policy import Chain
 from kernels.native_chain import CONFIDENCE_LEVELS
 from tests.named_policy import NamedPolicy
 
@@ -62,21 +62,21 @@ class Served:
         self._num_requests += 1
         name, policy, decisions = str(self._num_requests), self._policy, list[object]()
         levels = [traffic.level] * LIMIT
-        repeat = Repeat(levels, traffic.greedy) if traffic.repeats else None
+        repeat = levels if traffic.repeats else []
+        policy.sequences[name].greedy = traffic.greedy
         outcomes = [place < traffic.num_right for place in range(min(traffic.num_right + 1, LIMIT))]
         decisions.append(policy.policy.drafts_for_most(tenant))
         for _ in range(traffic.steps):
-            repeats = {} if repeat is None else {name: repeat}
-            (most,) = policy.lengths({name: LIMIT}, repeats=repeats, tenants={name: tenant})
+            (most,) = policy.lengths({name: LIMIT}, repeats={name: repeat}, tenants={name: tenant})
             one, is_copied = policy.sequences[name], name in policy.copied()
             decisions.append((most, is_copied))
             if most and not is_copied and (rule := policy.stop_rule({name: most})) is not None:
-                decisions += [rule.chances[rule.tenants[one]].tolist(), rule.acceptance[one], rule.verify_costs]
+                decisions += [rule.chances[one.tenant_number].tolist(), one.acceptance, rule.verify_costs]
             if most:
-                chain = Chain([7] * most, levels[:most], traffic.greedy, is_copied)
+                chain = Chain([7] * most, levels[:most])
                 decisions.append(policy.worth_verifying({name: chain})[name])
                 policy.record_drafts(name, chain, outcomes[:most], repeat)
-            if repeat is not None:
+            if repeat:
                 policy.record_copy(name, repeat, outcomes)
         return decisions
 
@@ -106,10 +106,10 @@ def test_each_chain_of_a_step_ends_by_the_chances_of_its_tenant() -> None:
     policy.lengths(dict.fromkeys("012", LIMIT), tenants={"0": "a", "1": "b", "2": "a"})
     for name, right in (("0", True), ("1", False)):
         for _ in range(300):
-            policy.record_drafts(name, Chain([7], [8], greedy=True), [right], None)
+            policy.record_drafts(name, Chain([7], [8]), [right])
     rule = policy.stop_rule(dict.fromkeys("012", LIMIT))
     assert rule is not None
-    chances = [rule.chances[rule.tenants[one], 0, 8] for one in policy.of("012")]
+    chances = [rule.chances[one.tenant_number, 0, 8] for one in policy.of("012")]
     assert chances[0] == chances[2] > 0.9
     assert chances[1] < 0.3
 
@@ -122,9 +122,7 @@ def test_a_tenant_whose_drafts_fail_beside_one_whose_drafts_are_right_is_tried_a
         most = policy.lengths(dict.fromkeys("01", LIMIT), tenants={"0": "good", "1": "bad"})
         for name, length, right in zip("01", most, (True, False), strict=True):
             if length:
-                policy.record_drafts(
-                    name, Chain([7] * length, [], greedy=True), [right] * (length if right else 1), None
-                )
+                policy.record_drafts(name, Chain([7] * length, []), [right] * (length if right else 1))
         history.append(most)
     assert all(good for good, _ in history)
     assert 0 < sum(bad > 0 for _, bad in history[600:]) < 60

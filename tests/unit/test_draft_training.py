@@ -13,15 +13,14 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from adapters.chain_walk import ChainBatch, ChainWalk
-from adapters.target_parts import TargetParts, target_parts
+from adapters.target_parts import TargetParts, target_parts, with_others
 from adapters.training.checkpoint import TrainingProgress, load_checkpoint, save_checkpoint
 from adapters.training.conversations import Conversation, read_shard, shard_paths, write_shard, written_keys
 from adapters.training.dataset import CONTEXT, MAX_WINDOW, TEMPLATE_TOKENS, Dataset, is_held_out
 from adapters.training.generate import Job, answered_by, jobs_of, left_of, loop_start, read_prompts
 from adapters.training.head_loss import head_loss
-from adapters.training.learner import rows_of_loss
-from adapters.training.trainer import VALIDATION_STEPS, Phase, TrainConfig, Trainer
-from adapters.training.unroll import Unroller
+from adapters.training.learner import Unroller
+from adapters.training.train import VALIDATION_STEPS, Phase, TrainConfig, Trainer
 from engine.config import ModelConfig
 from engine.models.config import ModelError, ModelFiles
 from engine.models.eagle3 import Eagle3, save_draft
@@ -202,8 +201,7 @@ def run_trainer(files: ModelFiles, directory: Path, start_from: Path | None, anc
         write_shard(data, conversations, [torch.randn(90, 4 * spec.hidden_size).bfloat16() for _ in conversations])
     config = TrainConfig((0, 1, 2), width, (Phase(anchors, 2, 1e-3, 512),), start_from)
     text, checkpoints, output = directory / "text", directory / f"from-{start_from is not None}", directory / "draft"
-    weights = open_weights(files)
-    trainer = Trainer(config, spec, weights, files.name, data, text, checkpoints, output)
+    trainer = Trainer(config, spec, files, data, text, checkpoints, output)
     trainer.run()
     return trainer
 
@@ -234,15 +232,12 @@ def test_training_goes_on_from_a_draft(tmp_path: Path, feature_norms: Literal["n
     assert not any(torch.allclose(written[name], weight, rtol=2**-7) for name, weight in begun.items())
 
 
-def test_rows_of_a_loss_fill_tiles_and_hold_all_tokens_of_the_batch(tmp_path: Path) -> None:
-    write(tmp_path, [conversation(1, 200, 60)])
-    (batch,) = Dataset(shard_paths(tmp_path), WIDTH, HIDDEN).batches(10_000, 3, np.random.default_rng(0))
-    core, drawn = torch.arange(100, 150), torch.arange(300, 5000, 7)
-    rows = rows_of_loss(batch, core, drawn)
+def test_rows_of_a_loss_fill_tiles_and_hold_all_wanted_tokens() -> None:
+    wanted, drawn = torch.arange(100, 350, 2), torch.arange(300, 5000, 7)
+    rows = with_others(wanted, drawn, 32)
     assert len(rows) % 32 == 0
-    assert len(rows) == len(set(rows.tolist()))
-    own = {*batch.token_ids.flatten().tolist(), *core.tolist()}
-    assert own <= set(rows.tolist()) <= own | set(drawn.tolist())
+    assert rows.tolist() == sorted(set(rows.tolist()))
+    assert set(wanted.tolist()) <= set(rows.tolist()) <= {*wanted.tolist(), *drawn.tolist()}
 
 
 def test_windows_that_go_on_are_unrolled_as_if_alone(tmp_path: Path) -> None:

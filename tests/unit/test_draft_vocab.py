@@ -112,7 +112,7 @@ class Harness:
         self.vocab.before_drafts(requests)
         scores = logits.copy()
         known = torch.from_numpy(ids.copy()), torch.from_numpy(scores)
-        self.vocab.drafted.choose_with_prior(requests, *known, lambda rows, _: torch.full((len(rows),), -9.0))
+        self.vocab.choose_with_prior(requests, *known, lambda rows, _: torch.full((len(rows),), -9.0))
         return scores
 
     def end(self, request: Request) -> bytes | None:

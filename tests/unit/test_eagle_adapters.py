@@ -12,7 +12,7 @@ from engine.adapters_config import AdaptersConfig, TokenLogConfig
 from engine.draft_state import BASE, Assignment
 from engine.models.config import ModelError
 from engine.online import adapters as eagle_adapters
-from engine.online.weight_writer import WeightWriter
+from engine.online.weight_channel import WeightWriter
 from tests.unit.engine_bank import BUFFERS, DIRECTORIES, FINGERPRINT, WORD, Bank, request
 
 

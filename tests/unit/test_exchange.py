@@ -22,8 +22,8 @@ class Shared:
     def look(self, key: str) -> SharedKey:
         return self._found
 
-    def version(self, key: str) -> tuple[int, SharedVersion]:
-        return self._found.number, SharedVersion({})
+    def version(self, key: str) -> SharedVersion:
+        return SharedVersion(self._found.number, {})
 
     def publish(self, key: str, tensors: Any) -> int:
         self.published.append(tensors)

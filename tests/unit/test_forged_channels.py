@@ -20,8 +20,7 @@ from engine.draft_state import BASE
 from engine.online import adapters as eagle_adapters
 from engine.online.feature_ring import FeatureRing, FeatureRingReader
 from engine.online.shared_file import SharedMemoryError
-from engine.online.weight_channel import NonFiniteWeights, WeightChannel
-from engine.online.weight_writer import WeightWriter
+from engine.online.weight_channel import NonFiniteWeights, WeightChannel, WeightWriter
 from tests.unit.engine_bank import Bank, request
 
 LAW, ACME = request("1", "law"), request("2", "acme")

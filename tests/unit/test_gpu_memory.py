@@ -47,7 +47,7 @@ def test_a_card_is_never_over(
     monkeypatch.setattr(model_runner, "_free_memory", lambda _: max(free, 0))
     unused: Any = None
     loaded = LoadedModel(unused, spec, 8192, torch.bfloat16, device, "flashinfer", unused, cuda_graphs=True)
-    reserved = gpu_reserve(config, spec, 2, has_draft=True).total
+    reserved = sum(gpu_reserve(config, spec, 2, has_draft=True))
     # Entries of a draft's one layer, and what it stores of the target's.
     draft = config.cache.block_size * 2 * (2 * spec.num_kv_heads * spec.head_dim + spec.hidden_size)
     if shape == "70B" and (card < 141 or scheduler is DEFAULTS):
@@ -85,4 +85,4 @@ def test_more_tokens_and_sequences_reserve_more() -> None:
     few, many = (gpu_reserve(config, spec, 2, has_draft=True) for config in (small, large))
     assert many.activations > 10 * few.activations
     assert many.logits > few.logits
-    assert gpu_reserve(large, spec, 2, has_draft=False).total < many.total
+    assert sum(gpu_reserve(large, spec, 2, has_draft=False)) < sum(many)

@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 
-from engine.models.sampling_defaults import SamplingDefaults
 from server.params import to_sampling_params
 from server.schemas.body import Leniency
 from server.schemas.chat import ChatCompletionRequest
 from server.schemas.completions import CompletionRequest
-from tests.unit.test_schemas import CHAT, TEXT, error_of
+from tests.unit.test_schemas import CHAT, SERVING, TEXT, error_of
 
 HARMLESS = [
     {"store": True},
@@ -91,9 +90,7 @@ def test_template_variables_are_few_and_none_of_the_servers_own(variables: Any) 
 
 def test_top_p_0_keeps_the_most_likely_token() -> None:
     body = CompletionRequest.model_validate({**TEXT, "top_p": 0, "top_k": 7})
-    sampling = to_sampling_params(
-        body, max_tokens=9, vocab_size=10, defaults=SamplingDefaults(top_p=0.5), logprobs=None
-    )
+    sampling = to_sampling_params(body, 9, SERVING, logprobs=None)
     assert (sampling.top_p, sampling.top_k) == (1.0, 1)
 
 

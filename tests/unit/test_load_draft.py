@@ -271,4 +271,4 @@ def test_memory_is_counted(files: ModelFiles, shipped: Path) -> None:
     )
     core = EngineCore(config, files, validate_model_files(files))
     weights = sum(weight.numel() for weight in random_draft(files).parameters())
-    assert core.draft_bytes == 4 * (weights + 64 * 64 + 8 * 16 * (2 * 2 * 16 + 64))
+    assert core.introduction.draft_bytes == 4 * (weights + 64 * 64 + 8 * 16 * (2 * 2 * 16 + 64))

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from adapters.alignment.chains import ChainDrafter, ChainStep, SegmentBatch, collate
-from adapters.alignment.lora import Lora
+from adapters.alignment.updates import Lora
 from engine.adapters_config import LoraTarget
 from engine.models.eagle3 import Eagle3
 from engine.models.lora import adapted_rows, draft_fingerprint, lora_layout

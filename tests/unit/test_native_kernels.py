@@ -461,7 +461,7 @@ import itertools, json
 import numpy as np, torch
 from kernels.native import MatrixPart, PackedMatrix, Team
 from kernels.choose_tokens import RowSampling
-from kernels.native_chain import ChainBatch, ChainStop, NativeChain, UnreadTokens
+from kernels.native_chain import ChainBatch, NativeChain, StopRule, UnreadTokens
 from kernels.native_decoder import Decoder, KvCache, LayerWeights
 from kernels.kept_thresholds import Limits
 from tests.native_calls import kept_thresholds
@@ -490,8 +490,10 @@ for value, temperature in itertools.product((torch.nan, torch.inf), (0.0, 0.8)):
     g = torch.randn(1, H).bfloat16()
     g[0, 3] = value
     sampling = RowSampling([temperature], [1], [0], [1.0], [0.0]) if temperature else None
-    stop = ChainStop(np.full((1, 2, 16), 0.9, np.float32), [0], [[0.9] * 4], [0.0] * 4, 0.01)
-    batch = ChainBatch([4], [5], np.array([[1, 2]], np.int32), sampling=sampling, stop=stop)
+    stop = StopRule(np.full((1, 2, 16), 0.9, np.float32), [0.0] * 4, 0.01)
+    batch = ChainBatch(
+        [4], [5], np.array([[1, 2]], np.int32), sampling, stop=stop, tenants=[0], acceptance=[[0.9] * 4]
+    )
     result = chain.run(batch, UnreadTokens([7], [5], [21], [0, 1], [6], [0], g))
     print(json.dumps([result.tokens.tolist(), result.confidence.tolist()]))
 """

@@ -64,7 +64,7 @@ def test_counts_are_those_of_the_reference(runs: list[list[int]], sizes: TableSi
         made.catch_up(rows_of((1, tokens)))
         expected.observe(tokens, text)
         text += tokens
-    assert made.unit(1) == expected.unit
+    assert made.state(1).unit == expected.unit
     assert np.array_equal(made.unigrams(1), expected.unigrams)
     for order, table in ((2, expected.bigrams), (3, expected.trigrams)):
         own = made.table(1, order)
@@ -282,7 +282,7 @@ def test_priors_are_those_of_the_reference(
     rng = np.random.default_rng(seed)
     graph, uses = graph_of(rng) if with_graph else None, (True, order >= 2, order >= 3, with_graph, matches)
     options = SessionOptions(2, 0, uses=uses, half_life=20.0, presence=PRESENCE, sizes=SMALL)
-    made = Sessions(options, np.arange(VOCAB) < CORE, None if graph is None else graph.arrays())
+    made = Sessions(options, np.arange(VOCAB) < CORE, graph)
     texts, references = Texts(2, 512), []
     for session in range(2):
         text = rng.integers(0, 12, rng.integers(0, 200)).tolist()
@@ -350,7 +350,7 @@ def test_a_text_goes_on_with_what_was_verified() -> None:
 def test_the_target_and_what_follows_by_the_graph_enter_where_a_token_could_not_be_drafted() -> None:
     graph = build_bigram_graph([np.tile(np.arange(20, 40, dtype=np.int32), 9)], VOCAB)
     options = SessionOptions(2, 16, num_tenants=1)
-    made = Sessions(options, np.arange(VOCAB) < CORE, graph.arrays())
+    made = Sessions(options, np.arange(VOCAB) < CORE, graph)
     made.clear(0, NONE)
     made.clear_tenant(0)
     tenant = TenantBigrams(graph)
@@ -375,7 +375,7 @@ def test_neighbours_are_those_of_the_reference(seed: int) -> None:
     """A tenant's own pairs over the general graph."""
     rng = np.random.default_rng(seed)
     graph = graph_of(rng)
-    made = Sessions(SessionOptions(1, 40, num_tenants=1, in_context=False), np.arange(VOCAB) < 0, graph.arrays())
+    made = Sessions(SessionOptions(1, 40, num_tenants=1, in_context=False), np.arange(VOCAB) < 0, graph)
     made.clear(0, NONE)
     made.clear_tenant(0)
     tenant, text = TenantBigrams(graph), list[int]()

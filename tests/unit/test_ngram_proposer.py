@@ -75,7 +75,7 @@ def test_copies_that_are_wrong_are_no_sign_of_a_bad_draft() -> None:
         for new in range(100, 310):  # the target says something new, then what came before
             speculator.draft([DraftSlot(request, 4, array("i"))])
             assert request.draft_token_ids
-            step = ScheduledSequence.of(request, 1 + len(request.draft_token_ids), array("i"))
+            step = ScheduledSequence.of(request, 1 + len(request.draft_token_ids))
             speculator._judge([Verification(step, 0, kept=[new])])
             request.draft_token_ids = []
             request.all_token_ids += [new, 1, 2, 3]

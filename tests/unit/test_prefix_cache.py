@@ -56,18 +56,18 @@ def test_full_blocks_of_the_common_prefix_are_shared(first: list[int], second: l
     expected = min(common_prefix(first, second), len(second) - 1) // BLOCK_SIZE
     assert num_cached(kv, later) == expected * BLOCK_SIZE
     assert kv.allocate(later, later.num_tokens, cached=kv.cached_blocks(later))
-    shared = set(kv.block_ids(earlier)) & set(kv.block_ids(later))
+    shared = set(earlier.block_ids) & set(later.block_ids)
     assert len(shared) == expected
 
 
 def test_blocks_of_an_ended_request_are_found_again() -> None:
     kv, prompt = manager(), list(range(10))
     compute(kv, first := request("a", prompt))
-    blocks = list(kv.block_ids(first))
+    blocks = list(first.block_ids)
     kv.free(first)
     assert kv.num_used_blocks == 0
     compute(kv, later := request("b", prompt))
-    assert list(kv.block_ids(later)[:2]) == blocks[:2]
+    assert list(later.block_ids[:2]) == blocks[:2]
 
 
 def test_what_a_window_gave_back_is_found_while_nobody_needs_it() -> None:
@@ -75,9 +75,9 @@ def test_what_a_window_gave_back_is_found_while_nobody_needs_it() -> None:
     kv, prompt = KVCacheManager(5, BLOCK_SIZE, prefix_caching=True, window=4), list(range(16))
     compute(kv, first := request("a", prompt))
     assert kv.num_used_blocks == 1
-    blocks = list(kv.block_ids(first))
+    blocks = list(first.block_ids)
     compute(kv, later := request("b", [*prompt, 1]), 12)
-    assert list(kv.block_ids(later)[:4]) == blocks
+    assert list(later.block_ids[:4]) == blocks
     kv.free(first)
     kv.free(later)
     compute(kv, request("c", [*range(20, 37)]))
@@ -99,7 +99,7 @@ def test_tenants_never_share(prompt: list[int]) -> None:
     kv = manager()
     compute(kv, red := request("a", prompt, "red"))
     compute(kv, blue := request("b", prompt, "blue"))
-    assert not set(kv.block_ids(red)) & set(kv.block_ids(blue))
+    assert not set(red.block_ids) & set(blue.block_ids)
     assert num_cached(kv, request("c", prompt, "green")) == 0
 
 

@@ -13,8 +13,8 @@ import pytest
 
 from engine.config import ModelConfig
 from engine.models.config import ModelError
-from engine.models.fetch import Part
-from engine.models.registry import REGISTRY, RegistryModel, resolve_model, validate_model_files
+from engine.models.fetch import Part, RegistryModel
+from engine.models.registry import REGISTRY, resolve_model, validate_model_files
 from tests.tiny_models import make_directory, make_gguf
 
 CONTENT = [b"first part, ", b"second part"]

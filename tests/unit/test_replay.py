@@ -219,9 +219,8 @@ class Log:
     def __init__(self, path: Path, capacity: int = 64, max_rows: int = 10_000) -> None:
         self.ring = FeatureRing(path, capacity, WIDTH)
         self.reader = FeatureRingReader(path)
-        self.assembler = Assembler(
-            K, VOCAB, 10_000, segment_positions=10, context_positions=3, max_rows=max_rows, idle_seconds=9e9
-        )
+        config = ReplayConfig(segment_positions=10, context_positions=3, max_rows=max_rows)
+        self.assembler = Assembler(config, K, VOCAB, 10_000, idle_seconds=9e9)
         self.position = 1
 
     def step(self, accepted: int, num_context: int = 0) -> VerifyRecord:

@@ -7,7 +7,7 @@ from typing import cast
 import pytest
 
 from adapters.alignment.aligner import KeyAligner
-from adapters.alignment.roster import Roster
+from adapters.alignment.intake import Roster
 
 
 def make_roster(num_slots: int) -> tuple[Roster, list[str]]:

@@ -56,11 +56,10 @@ def params(seed: int = 0, **changes: Any) -> SamplingParams:
     return SamplingParams(max_tokens=1000, seed=seed, **changes)
 
 
-def added(sampler: Sampler, sampling: SamplingParams, prompt: Sequence[int] = (1, 2, 3), name: str = "r") -> Request:
+def added(sampling: SamplingParams, prompt: Sequence[int] = (1, 2, 3), name: str = "r") -> Request:
     request = Request(
         request_id=name, client_id=b"client", tenant="tenant", sampling=sampling, prompt_token_ids=list(prompt)
     )
-    sampler.forget(name)  # another one that was called so has ended
     if sampling.grammar is not None:
         begin(grammars(), request)
     return request
@@ -90,7 +89,7 @@ def test_choices_follow_the_exact_distribution(sampler: Sampler, name: str) -> N
     prompt, output = [0, 5, 9], [9, 11, 11, 3]
     rows = []
     for seed in range(8_000):
-        request = added(sampler, params(seed, **SETTINGS[name]), prompt, name=str(seed))
+        request = added(params(seed, **SETTINGS[name]), prompt, name=str(seed))
         request.output_token_ids += output
         rows.append(SamplingRows(request))
     sampled = torch.tensor([s.token_ids[0] for s in sampler.sample(logits.expand(len(rows), -1), rows)])
@@ -107,7 +106,7 @@ def test_large_vocabulary_choice_is_the_best_of_the_kept(
 ) -> None:
     """Few or nearly all of 9,000 tokens kept; bfloat16 logits tie at the border, int8 ones by the thousand."""
     logits = (torch.randn(4, 9000, generator=torch.Generator().manual_seed(2)) * spread).to(dtype).float()
-    rows = [SamplingRows(added(sampler, params(seed, **SETTINGS[name]), name=str(seed))) for seed in range(4)]
+    rows = [SamplingRows(added(params(seed, **SETTINGS[name]), name=str(seed))) for seed in range(4)]
     together = sampler.sample(logits, rows)
     for seed, row in enumerate(rows):
         p = row.request.sampling
@@ -174,22 +173,22 @@ def test_drafts_and_neighbours_change_nothing(sampler: Sampler, round_: int) -> 
     kinds = list(INVARIANCE.values())
     alone = []
     for i, kind in enumerate(kinds):
-        request = added(sampler, params(round_ * 100 + i, **kind), name=f"alone {i}")
+        request = added(params(round_ * 100 + i, **kind), name=f"alone {i}")
         generate(sampler, [request], None, [])
         alone += outputs([request])
     order = list(range(len(kinds)))
     rng = random.Random(round_)
     rng.shuffle(order)
-    together = [added(sampler, params(round_ * 100 + i, **kinds[i]), name=f"together {i}") for i in order]
+    together = [added(params(round_ * 100 + i, **kinds[i]), name=f"together {i}") for i in order]
     generate(sampler, together, rng, [alone[i] for i in order])
     assert outputs(together) == [alone[i] for i in order]
 
 
 def test_right_drafts_are_accepted_with_a_bonus_token(sampler: Sampler) -> None:
-    request = added(sampler, params(3))
+    request = added(params(3))
     generate(sampler, [request], None, [])
     right = request.output_token_ids
-    again = added(sampler, params(3), name="again")
+    again = added(params(3), name="again")
     [sampled] = sampler.sample(rows_for(again, right[:5]), [SamplingRows(again, tuple(right[:5]))])
     assert sampled.token_ids == right[:6]
     wrong = [*right[:2], (right[2] + 1) % VOCAB, *right[3:5]]
@@ -197,14 +196,12 @@ def test_right_drafts_are_accepted_with_a_bonus_token(sampler: Sampler) -> None:
     assert sampled.token_ids == right[:3]
 
 
-def test_state_of_a_request_is_rebuilt_after_forget(sampler: Sampler) -> None:
-    """A preempted request may be forgotten and added again with output it already has."""
+def test_a_state_made_late_follows_the_output_before_it(sampler: Sampler) -> None:
     kind = {"repetition_penalty": 1.5, "frequency_penalty": 1.0}
-    request = added(sampler, params(8, **kind))
+    request = added(params(8, **kind))
     generate(sampler, [request], None, [])
-    other = added(sampler, params(8, **kind))
+    other = added(params(8, **kind))
     other.output_token_ids += request.output_token_ids[:6]
-    sampler.forget("r")
     generate(sampler, [other], None, [])
     assert outputs([other]) == outputs([request])
 
@@ -216,7 +213,7 @@ def test_min_tokens_counts_drafts_as_history(sampler: Sampler) -> None:
     """EOS is the favourite everywhere, but not allowed before two tokens."""
     logits = torch.zeros(3, VOCAB)
     logits[:, EOS], logits[:, 65] = 9.0, 5.0
-    request = added(sampler, params(temperature=0.0, min_tokens=2))
+    request = added(params(temperature=0.0, min_tokens=2))
     [sampled] = sampler.sample(logits, [SamplingRows(request, (65, 65))])
     assert sampled.token_ids == [65, 65, EOS]
 
@@ -226,8 +223,8 @@ def test_sampling_does_not_change_the_logits(sampler: Sampler) -> None:
     before = logits.clone()
     edits = params(logit_bias={5: 3.0}, repetition_penalty=1.2, min_tokens=3, top_p=0.5)
     requests = [
-        added(sampler, edits, name="a"),
-        added(sampler, params(grammar=Grammar(kind="json_object")), name="b"),
+        added(edits, name="a"),
+        added(params(grammar=Grammar(kind="json_object")), name="b"),
     ]
     sampler.sample(logits, [SamplingRows(r) for r in requests])
     assert torch.equal(logits, before)
@@ -236,7 +233,7 @@ def test_sampling_does_not_change_the_logits(sampler: Sampler) -> None:
 def test_logprobs_are_the_models_own(sampler: Sampler) -> None:
     """Temperature, bias and penalties move the choice, never the reported log-probabilities."""
     logits = torch.randn(2, VOCAB, generator=torch.Generator().manual_seed(0))
-    request = added(sampler, params(temperature=0.0, logit_bias={42: 100.0}, logprobs=3))
+    request = added(params(temperature=0.0, logit_bias={42: 100.0}, logprobs=3))
     [sampled] = sampler.sample(logits, [SamplingRows(request, (42,))])
     assert sampled.token_ids == [42, 42]
     expected = logits.double().log_softmax(1)
@@ -249,7 +246,7 @@ def test_logprobs_are_the_models_own(sampler: Sampler) -> None:
 
 
 def test_logprobs_stop_where_the_tokens_stop(sampler: Sampler) -> None:
-    request = added(sampler, params(temperature=0.0, logprobs=0))
+    request = added(params(temperature=0.0, logprobs=0))
     logits = torch.zeros(3, VOCAB)
     logits[:, 9] = 4.0
     [sampled] = sampler.sample(logits, [SamplingRows(request, (9, 8))])
@@ -262,7 +259,7 @@ def test_logprobs_stop_where_the_tokens_stop(sampler: Sampler) -> None:
 def test_any_seed_and_temperature_choose_a_token(seed: int, temperature: float) -> None:
     sampler = Sampler([EOS])
     logits = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(1)) * 30
-    [sampled] = sampler.sample(logits, [SamplingRows(added(sampler, params(seed, temperature=temperature)))])
+    [sampled] = sampler.sample(logits, [SamplingRows(added(params(seed, temperature=temperature)))])
     assert 0 <= sampled.token_ids[0] < VOCAB
     if temperature < 1e-3:
         assert sampled.token_ids == [logits.argmax().item()]
@@ -276,8 +273,8 @@ def test_logits_that_are_not_finite_end_their_own_output_only(value: float, row:
     sampler = Sampler([EOS])
     logits = torch.randn(5, VOCAB, generator=torch.Generator().manual_seed(3))
     logits[:2, 65], logits[row, 99] = 1e4, value
-    damaged = added(sampler, params(temperature=temperature), name="damaged")
-    other = added(sampler, params(temperature=temperature), name="other")
+    damaged = added(params(temperature=temperature), name="damaged")
+    other = added(params(temperature=temperature), name="other")
     for draft in (0, 65, 99):
         [failed, alive] = sampler.sample(logits, [SamplingRows(damaged, (65, 65)), SamplingRows(other, (draft,))])
         assert (failed.token_ids, failed.is_finite) == ([65] * row, False)
@@ -287,9 +284,7 @@ def test_logits_that_are_not_finite_end_their_own_output_only(value: float, row:
 
 def test_a_grammar_outranks_min_tokens_also_at_stop_tokens() -> None:
     sampler, seven = Sampler([EOS]), ord("7")
-    request = added(
-        sampler, params(min_tokens=2, stop_token_ids=[seven], grammar=Grammar("json_schema", '{"const": 7}'))
-    )
+    request = added(params(min_tokens=2, stop_token_ids=[seven], grammar=Grammar("json_schema", '{"const": 7}')))
     [sampled] = sampler.sample(torch.randn(1, VOCAB), [SamplingRows(request)])
     assert sampled.token_ids == [seven]
 

@@ -398,7 +398,7 @@ def test_commit_after_abort_changes_nothing() -> None:
     scheduler = Simulation().scheduler
     request = make_request("1")
     scheduler.add(request)
-    (sequence,) = scheduler.schedule(scheduler.reserve()).sequences
+    (sequence,) = scheduler.schedule(scheduler.reserve()[0]).sequences
     assert scheduler.abort("1") is request
     assert scheduler.abort("1") is None
     scheduler.commit(sequence, [3], finished=False)
@@ -427,7 +427,7 @@ def test_where_all_are_stalled_a_step_is_empty() -> None:
     request = make_request("1")
     scheduler.add(request)
     request.is_stalled = True
-    assert scheduler.schedule(scheduler.reserve()).sequences == []
+    assert scheduler.schedule(scheduler.reserve()[0]).sequences == []
     assert scheduler.has_work()
 
 
@@ -449,13 +449,13 @@ def test_a_postponed_sequence_computes_its_last_token_again() -> None:
     scheduler = Simulation(max_batched_tokens=32).scheduler
     request = make_request("1", num_prompt=20)
     scheduler.add(request)
-    (sequence,) = scheduler.schedule(scheduler.reserve()).sequences
+    (sequence,) = scheduler.schedule(scheduler.reserve()[0]).sequences
     scheduler.postpone(sequence)
     assert request.num_computed_tokens == 19
-    (sequence,) = scheduler.schedule(scheduler.reserve()).sequences
+    (sequence,) = scheduler.schedule(scheduler.reserve()[0]).sequences
     assert (sequence.start, sequence.token_ids, sequence.num_sampled) == (19, [1], 1)
     scheduler.commit(sequence, [3], finished=False)
-    (sequence,) = scheduler.schedule(scheduler.reserve()).sequences
+    (sequence,) = scheduler.schedule(scheduler.reserve()[0]).sequences
     scheduler.abort("1")
     scheduler.postpone(sequence)
     assert not scheduler.has_work()
@@ -464,7 +464,7 @@ def test_a_postponed_sequence_computes_its_last_token_again() -> None:
 def test_commit_without_a_new_token_is_an_error() -> None:
     scheduler = Simulation().scheduler
     scheduler.add(make_request("1"))
-    (sequence,) = scheduler.schedule(scheduler.reserve()).sequences
+    (sequence,) = scheduler.schedule(scheduler.reserve()[0]).sequences
     with pytest.raises(ValueError, match="new token"):
         scheduler.commit(sequence, [], finished=False)
 

@@ -17,20 +17,21 @@ from engine.messages import Grammar
 from engine.models.sampling_defaults import SamplingDefaults
 from engine.text.tokenizer import Tokenizer
 from server.anthropic.request import MessagesRequest
-from server.errors import ApiError, validation_error
+from server.errors import ApiError, body_error, validation_error
 from server.params import to_sampling_params, tokenize_prompts
 from server.responses.request import ResponsesRequest
+from server.routes.tokens import DetokenizeRequest, TokenizeRequest
 from server.schemas.body import Leniency
 from server.schemas.chat import ChatCompletionRequest
 from server.schemas.completions import CompletionRequest
 from server.schemas.constraints import to_grammar
-from server.schemas.tokens import DetokenizeRequest, TokenizeRequest
 from server.schemas.unsupported import UNSUPPORTED
 from server.work_shares import RequestWork, WorkShares
 from tests.tiny_models import VOCAB_SIZE, tiny_tokenizer
 
 TEXT = {"model": "m", "prompt": "x"}
 OTHERS = SamplingDefaults(temperature=0.3, top_p=0.4, top_k=5, min_p=0.6, repetition_penalty=1.5)
+SERVING: Any = SimpleNamespace(sampling_defaults=OTHERS, engine_info=SimpleNamespace(vocab_size=10))
 ONE = {"role": "user", "content": "x"}
 CHAT = {"model": "m", "messages": [ONE]}
 
@@ -38,8 +39,7 @@ CHAT = {"model": "m", "messages": [ONE]}
 def error_of(model: Any, body: dict[str, Any], strict: bool = False) -> ApiError:
     with pytest.raises(ValidationError) as caught:
         model.model_validate(body, context=Leniency(strict))
-    in_body = [{**error, "loc": ("body", *error["loc"])} for error in caught.value.errors()]  # as FastAPI has them
-    return validation_error(in_body, body)
+    return body_error(caught.value, body)
 
 
 @pytest.mark.parametrize(
@@ -286,7 +286,7 @@ def test_every_sampling_parameter_reaches_the_engine() -> None:
             "logit_bias": {"3": -100}, "stop": "end", "stop_token_ids": [4], "ignore_eos": True, "min_tokens": 2,
         }
     )  # fmt: skip
-    sampling = to_sampling_params(body, max_tokens=9, vocab_size=10, defaults=OTHERS, logprobs=2, prompt_logprobs=1)
+    sampling = to_sampling_params(body, 9, SERVING, logprobs=2, prompt_logprobs=1)
     assert sampling.temperature == 0
     assert (sampling.top_p, sampling.top_k, sampling.min_p) == (0.5, 7, 0.1)
     assert sampling.seed == -(2**63)
@@ -299,13 +299,8 @@ def test_every_sampling_parameter_reaches_the_engine() -> None:
 
 def test_null_means_the_default() -> None:
     fields = ["temperature", "top_p", "top_k", "seed", "stop", "n", "logit_bias", "stream", "response_format", "user"]
-    given_null = to_sampling_params(
-        CompletionRequest.model_validate({**TEXT, **dict.fromkeys(fields)}),
-        max_tokens=5,
-        vocab_size=9,
-        defaults=OTHERS,
-        logprobs=None,
-    )
+    body = CompletionRequest.model_validate({**TEXT, **dict.fromkeys(fields)})
+    given_null = to_sampling_params(body, 5, SERVING, logprobs=None)
     assert (given_null.temperature, given_null.top_p, given_null.top_k, given_null.min_p) == (0.3, 0.4, 5, 0.6)
     assert (given_null.repetition_penalty, given_null.stop) == (1.5, ())
     assert 0 <= given_null.seed < 2**63
@@ -322,23 +317,22 @@ async def test_many_texts_that_are_long_together_do_not_stop_the_loop() -> None:
             threads.add(threading.get_ident())
             return [len(text)]
 
-    info = SimpleNamespace(max_model_len=1000)
+    info = SimpleNamespace(max_model_len=1000, vocab_size=5000)
     work = RequestWork(WorkShares(), "acme", 8 * 4000, asyncio.Event().wait)  # type: ignore[arg-type]  # a client that stays
-    prompts = await tokenize_prompts(work, Spy(), ["x" * 4000] * 8, info)  # type: ignore[arg-type]
+    prompts = await work.run(tokenize_prompts, Spy(), ["x" * 4000] * 8, info)  # type: ignore[arg-type]
     assert [prompt.token_ids for prompt in prompts] == [[4000]] * 8
     assert threading.get_ident() not in threads
 
 
-async def test_a_gap_is_told_in_the_models_own_tokens() -> None:
-    info = SimpleNamespace(max_model_len=1000)
-    work = RequestWork(WorkShares(), "acme", 100, asyncio.Event().wait)  # type: ignore[arg-type]
+def test_a_gap_is_told_in_the_models_own_tokens() -> None:
+    info = SimpleNamespace(max_model_len=1000, vocab_size=2 * VOCAB_SIZE)
     tokenizer = Tokenizer(tiny_tokenizer(), VOCAB_SIZE, None, (), None)
     for prompt in ("before", [1, 2]):
         with pytest.raises(ApiError) as refused:
-            await tokenize_prompts(work, tokenizer, prompt, info, suffix="after")  # type: ignore[arg-type]
+            tokenize_prompts(tokenizer, prompt, info, suffix="after")  # type: ignore[arg-type]
         assert (refused.value.status, refused.value.param) == (400, "suffix")
     tokenizer.backend.add_special_tokens(["<fim_prefix>", "<fim_middle>", "<fim_suffix>"])
-    [gap] = await tokenize_prompts(work, tokenizer, "before", info, suffix="after")  # type: ignore[arg-type]
+    [gap] = tokenize_prompts(tokenizer, "before", info, suffix="after")  # type: ignore[arg-type]
     assert tokenizer.decode(gap.token_ids, skip_special_tokens=False) == (
         "<fim_prefix>before<fim_suffix>after<fim_middle>"
     )

@@ -15,12 +15,11 @@ pytest.importorskip("triton")
 from numpy.typing import NDArray
 
 from engine.draft_vocab.bigram_graph import build_bigram_graph
-from kernels.drafted_rounds import DraftedRounds
 from kernels.head_rows import HeadRows
 from kernels.native_sessions import Sessions
 from kernels.native_texts import Texts
 from kernels.session_library import DraftStep, TokenRows
-from kernels.session_memory import SessionMemory, TextMemory
+from kernels.session_memory import DraftedRounds, SessionMemory, TextMemory
 from kernels.session_options import NUM_FEATURES, SessionOptions, TableSizes, drafted_ints
 from kernels.triton.session_prior import add_priors_triton
 from kernels.triton.text_repeats import include_repeats_triton
@@ -38,7 +37,7 @@ class Given:
     def __init__(self, seed: int, order: int, *, with_graph: bool, own_head: bool) -> None:
         self.rng = rng = np.random.default_rng(seed)
         texts = [[], *(rng.integers(0, 9, size).tolist() for size in (150, 400))]
-        graph = build_bigram_graph([np.array(texts[2], np.int32)], VOCAB).arrays() if with_graph else None
+        graph = build_bigram_graph([np.array(texts[2], np.int32)], VOCAB) if with_graph else None
         uses = (True, order >= 2, order >= 3, True, True)
         options = SessionOptions(3, 0, uses=uses, half_life=30.0, sizes=SIZES)
         self.sessions, self.texts = Sessions(options, np.ones(VOCAB, np.bool_), graph), Texts(3, 256)

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.admission import TURN_TOKENS, RunningSequences
 from engine.kv_cache_manager import KVCacheManager
 from engine.request import Request
-from engine.running import TURN_TOKENS, RunningSequences
 from tests.unit.scheduler_simulation import BLOCK_SIZE, Simulation, expected_output, make_request
 
 

@@ -12,14 +12,8 @@ from engine.messages import SamplingParams
 from engine.truncation import StopChecker, Truncation
 
 EOS = 9
+# Of one to five bytes; some hold part of a character.
 PIECES = [b"a", b"b", b"c", b"ab", b"bca", b"\xe2", b"\x82", b"\xac", b"abcab", b""]  # euro sign in three; 9 is EOS
-
-
-class Pieces:
-    """Ten tokens of one to five bytes; some hold part of a character."""
-
-    def token_bytes(self, token_id: int) -> bytes:
-        return PIECES[token_id]
 
 
 def params(max_tokens: int = 100, **changes: Any) -> SamplingParams:
@@ -28,7 +22,7 @@ def params(max_tokens: int = 100, **changes: Any) -> SamplingParams:
 
 def run(p: SamplingParams, steps: list[list[int]], num_prompt: int = 5, max_model_len: int = 1000) -> Truncation:
     """The whole output's truncation: ``num_kept`` counts over all steps."""
-    checker = StopChecker(p, num_prompt, max_model_len, (EOS,), Pieces())
+    checker = StopChecker(p, num_prompt, max_model_len, (EOS,), PIECES.__getitem__)
     kept = 0
     for step in steps:
         truncation = checker.push(step)

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from engine.draft_vocab.bigram_graph import BigramGraph, BigramGraphError, build_bigram_graph
+from engine.draft_vocab.bigram_graph import BigramGraph, build_bigram_graph
+from engine.models.config import ModelError
 from tests.reference.bigram_graph import TenantBigrams, neighbours
 
 VOCAB = 12
@@ -61,13 +62,13 @@ def test_a_file_gives_the_graph_back(tmp_path: Path) -> None:
 
 def test_files_of_no_use_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "bigrams.safetensors"
-    with pytest.raises(BigramGraphError, match="no bigram graph"):
+    with pytest.raises(ModelError, match="no bigram graph"):
         BigramGraph.load(path, VOCAB)
     path.write_bytes(b"x" * 100)
-    with pytest.raises(BigramGraphError, match="no bigram graph"):
+    with pytest.raises(ModelError, match="no bigram graph"):
         BigramGraph.load(path, VOCAB)
     graph_of([1, 2] * 30).save(path)
-    with pytest.raises(BigramGraphError, match="over 12 tokens, but the model has 13"):
+    with pytest.raises(ModelError, match="over 12 tokens, but the model has 13"):
         BigramGraph.load(path, VOCAB + 1)
     sound = load_file(path)
     damages = {
@@ -77,7 +78,7 @@ def test_files_of_no_use_are_refused(tmp_path: Path) -> None:
     }
     for name, array in damages.items():
         save_file({**sound, name: array}, path)
-        with pytest.raises(BigramGraphError, match="damaged"):
+        with pytest.raises(ModelError, match="damaged"):
             BigramGraph.load(path, VOCAB)
 
 

@@ -37,7 +37,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_only_answers_are_counted_over_all_shards(model: str, tmp_path: Path) -> None:
     write_conversations(data_directory("tiny"), ([7, 7, 7], [5, 9, 5]), ([8], [9]))
     write_conversations(data_directory("tiny"), ([7, 8], [511, 5]))
-    count.build(model, tmp_path / "drafts")
+    count.main(model, tmp_path / "drafts")
     counts = read_token_counts(tmp_path / "drafts", VOCAB_SIZE)
     assert {token: int(counts[token]) for token in counts.nonzero().flatten().tolist()} == {5: 3, 9: 2, 511: 1}
     assert static_vocabulary(counts, 3, always={0}).tolist() == [0, 5, 9]
@@ -47,7 +47,7 @@ def test_only_answers_are_counted_over_all_shards(model: str, tmp_path: Path) ->
 def test_bigrams_of_answers_become_a_graph(model: str, tmp_path: Path) -> None:
     """From the prompt's last token on, and none across two conversations."""
     write_conversations(data_directory("tiny"), *[([7, 8], [5, 9])] * 5, *[([3], [4])] * 4)
-    count.build(model, tmp_path / "drafts")
+    count.main(model, tmp_path / "drafts")
     graph = BigramGraph.load(tmp_path / "drafts" / GRAPH_FILE, VOCAB_SIZE)
     followers = {token: neighbours(graph, token).tolist() for token in range(VOCAB_SIZE)}
     assert {token: following for token, following in followers.items() if following} == {8: [5], 5: [9]}
@@ -55,7 +55,7 @@ def test_bigrams_of_answers_become_a_graph(model: str, tmp_path: Path) -> None:
 
 def test_without_conversations(model: str) -> None:
     with pytest.raises(ModelError, match="no conversations"):
-        count.build(model)
+        count.main(model)
 
 
 def test_command_says_what_is_wrong_in_one_line(

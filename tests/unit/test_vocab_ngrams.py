@@ -58,7 +58,7 @@ def test_counts_survive_a_renewed_unit() -> None:
     for _ in range(30):
         session.observe([1, 2, 3] * 5)
     assert np.isfinite(session.sessions.unigrams(0)).all()
-    assert session.sessions.unit(0) <= 1e30
+    assert session.sessions.state(0).unit <= 1e30
     assert session.count([3]) == pytest.approx(1 / (1 - 0.5**3), rel=1e-3)
     assert session.count([1, 2, 3]) == pytest.approx(1 / (1 - 0.5**3), rel=1e-3)
 
@@ -67,7 +67,7 @@ def test_counts_survive_a_renewed_unit() -> None:
 def test_memory_is_fixed_and_counts_never_exceed_the_truth(text: list[int]) -> None:
     session = CountedSession(VOCAB, SMALL, half_life=NO_DECAY)
     session.observe(text)
-    table, unit = session.sessions.table(0, 2), session.sessions.unit(0)
+    table, unit = session.sessions.table(0, 2), session.sessions.state(0).unit
     pairs = Counter(pairwise(text))
     for (context, token_id), count in contents(table).items():
         assert 0 < count / unit <= pairs[context, token_id] * 1.001

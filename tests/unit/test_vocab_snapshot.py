@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.config import MAX_TAIL_TOKENS
 from engine.draft_vocab.ngram_counts import NgramCounts
 from engine.draft_vocab.snapshot import (
     MAX_BYTES,
     MAX_FINGERPRINT,
     MAX_NGRAMS,
     MAX_SAID,
-    MAX_TAIL,
     PackedNgrams,
     SessionSnapshot,
     SnapshotError,
@@ -97,13 +97,13 @@ def test_the_largest_snapshot_fits() -> None:
         return NgramCounts(token_ids, rng.random(2 * limit).astype(np.float32) * 1e6 + 1)
 
     ngrams = [many(order, limit) for order, limit in enumerate(MAX_NGRAMS, start=1)]
-    tail = [vocab_size - 1 - i for i in range(2 * MAX_TAIL)]
+    tail = [vocab_size - 1 - i for i in range(2 * MAX_TAIL_TOKENS)]
     said = rng.integers(2**30, vocab_size, 2 * MAX_SAID).tolist()
     snapshot = make_snapshot("f" * MAX_FINGERPRINT, 2**53, 2**53, [1 / 3] * NUM_FEATURES, tail, ngrams, said)
     data = encode(snapshot)
     assert len(data) <= MAX_BYTES
     restored = decode(data, "f" * MAX_FINGERPRINT, vocab_size)
-    assert restored.tail_token_ids() == tail[:MAX_TAIL]
+    assert restored.tail_token_ids() == tail[:MAX_TAIL_TOKENS]
     assert restored.said_token_ids() == said[-MAX_SAID:]
     assert [len(counts.counts) for counts in restored.ngram_counts()] == list(MAX_NGRAMS)
     kept = restored.ngram_counts()[1].counts
@@ -166,7 +166,7 @@ def packed(order: int, token_ids: list[int], counts: list[float]) -> list[Packed
         ({"tail": b"\x01"}, "size of tail"),
         ({"tail": np.array([VOCAB], UINT).tobytes()}, "token id in tail"),
         ({"tail": np.array([3, 4, 3], UINT).tobytes()}, "repeated tail"),
-        ({"tail": np.arange(MAX_TAIL + 1, dtype=UINT).tobytes()}, "size of tail"),
+        ({"tail": np.arange(MAX_TAIL_TOKENS + 1, dtype=UINT).tobytes()}, "size of tail"),
         ({"ngrams": GOOD.ngrams[:2]}, "orders"),
         ({"ngrams": packed(2, [1, 2, 3], [1.0])}, "size of 2-grams"),
         ({"ngrams": packed(2, [1, VOCAB], [1.0])}, "token id in 2-grams"),

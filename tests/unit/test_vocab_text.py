@@ -67,7 +67,7 @@ def test_text_is_mixed_into_the_shipped_counts(model: str, drafts: Path, tmp_pat
     shipped[400:403] = torch.tensor([50, 40, 30])
     write_counts(shipped, drafts / "tiny")
     text = write_text(tmp_path / "text", one=b"fox " * 50_000, two="東京".encode())
-    count_text.add_text(model, text, share=0.1)
+    count_text.main(model, text, share=0.1)
     mixture = read_token_counts(drafts / "tiny", VOCAB_SIZE)
     assert static_vocabulary(mixture, 3, always=()).tolist() == [400, 401, 402]
     assert mixture[word] > mixture[tiny_tokenizer().encode("東京").ids].max() > 0
@@ -78,13 +78,13 @@ def test_counts_of_another_model_are_refused(model: str, tmp_path: Path) -> None
     other = torch.ones(VOCAB_SIZE + 1, dtype=torch.int64)
     write_counts(other, tmp_path / "draft")
     with pytest.raises(ModelError, match="the model has 512"):
-        count_text.add_text(model, write_text(tmp_path / "text", one=b"fox"), draft=tmp_path / "draft")
+        count_text.main(model, write_text(tmp_path / "text", one=b"fox"), draft=tmp_path / "draft")
     assert read_token_counts(tmp_path / "draft", VOCAB_SIZE + 1).equal(other)
 
 
 def test_text_alone_where_there_are_no_counts(model: str, drafts: Path, tmp_path: Path) -> None:
     """As many tokens as the text has, though it is counted in pieces."""
-    count_text.add_text(model, write_text(tmp_path / "text", one=b"The dog sleeps.\n" * 20_000))
+    count_text.main(model, write_text(tmp_path / "text", one=b"The dog sleeps.\n" * 20_000))
     made = read_token_counts(drafts / "tiny", VOCAB_SIZE)
     assert int(made.sum()) == 20_000 * len(tiny_tokenizer().encode("The dog sleeps.\n").ids)
 
@@ -94,7 +94,7 @@ def test_what_is_no_text_is_left_out_and_named(
 ) -> None:
     """All of such a file: what precedes its first wrong byte counts neither."""
     text = write_text(tmp_path / "text", picture=b"fox " * 50_000 + b"\xff\xfe", words=b"dog")
-    count_text.add_text(model, text)
+    count_text.main(model, text)
     assert int(read_token_counts(drafts / "tiny", VOCAB_SIZE).sum()) == len(tiny_tokenizer().encode("dog").ids)
     assert "picture.txt" in (said := capsys.readouterr().err)
     assert "words.txt" not in said
@@ -103,7 +103,7 @@ def test_what_is_no_text_is_left_out_and_named(
 @pytest.mark.parametrize("files", [{}, {"empty": b""}, {"picture": b"\xff"}])
 def test_a_directory_without_text(model: str, drafts: Path, tmp_path: Path, files: dict[str, bytes]) -> None:
     with pytest.raises(ModelError, match="no text"):
-        count_text.add_text(model, write_text(tmp_path / "text", **files))
+        count_text.main(model, write_text(tmp_path / "text", **files))
     assert not drafts.exists()
 
 

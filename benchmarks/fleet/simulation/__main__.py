@@ -19,7 +19,7 @@ from benchmarks.fleet.simulation.fit import Run, fit, probe, run
 from benchmarks.fleet.simulation.measure import running_fleet
 from benchmarks.fleet.simulation.replica import Costs
 from benchmarks.fleet.simulation.report import print_record
-from benchmarks.fleet.simulation.scale import RINGS, Plan, serve, shared
+from benchmarks.fleet.simulation.scale import RINGS, serve, shared
 
 _COUNTS = ("1", "2", "4")
 """Replicas that are measured; the model is fitted to the first."""
@@ -62,7 +62,7 @@ def enlarge(record: dict[str, Any], console: Console) -> None:
     record["large"] = []
     for size, ring, ring_size in RINGS:
         console.print(f"[dim]{size:,} replicas, {ring}[/dim]")
-        served = serve(costs, Plan(), size, ring_size)
+        served = serve(costs, size, ring_size)
         record["large"].append({"replicas": size, "ring": ring, **served, **shared(served, size, call_seconds)})
 
 

@@ -55,7 +55,6 @@ class Run:
     step_costs: dict[str, Any]
 
     def measured(self) -> dict[str, float]:
-        """Its figures."""
         whole = {name: self.redis[name] for name in ("redis_calls", "redis_in", "redis_out")}
         whole["core_seconds"] = sum(self.cpu)
         return figures(self.served) | {name: number / len(self.served) for name, number in whole.items()}
@@ -72,9 +71,10 @@ class Run:
         return fleet
 
     def simulated(self, costs: Costs) -> dict[str, float]:
-        """The model's figures of it."""
         fleet = self.simulate(costs)
-        return figures(fleet.served) | redis_figures(fleet.served, costs) | {"core_seconds": self._work(fleet, costs)}
+        idle = costs.idle * len(self.addresses) * max(one.end for one in fleet.served)
+        work = (sum(fleet.machines[0].busy.values()) + idle) / len(fleet.served)
+        return figures(fleet.served) | redis_figures(fleet.served, costs) | {"core_seconds": work}
 
     def as_it_was(self, costs: Costs) -> Costs:
         """The costs of its replicas at that time, and what drafts for its texts were worth."""
@@ -83,11 +83,6 @@ class Run:
             costs = _with_engine(_with_acceptance(_with_prompts(costs, self), self), self)
         return costs
 
-    def _work(self, fleet: Fleet, costs: Costs) -> float:
-        """Seconds of a core for each request."""
-        idle = costs.idle * len(self.addresses) * max(one.end for one in fleet.served)
-        return (sum(fleet.machines[0].busy.values()) + idle) / len(fleet.served)
-
 
 def _conversations(count: int) -> list[Conversation]:
     """What so many replicas are told, and no other number of them."""
@@ -95,7 +90,6 @@ def _conversations(count: int) -> list[Conversation]:
 
 
 async def run(fleet: RealFleet) -> Run:
-    """Tell real replicas their conversations."""
     conversations = _conversations(len(fleet.replicas))
     first, start = await fleet.counters(), await fleet.counters()
     cpu, meter = fleet.cpu(), fleet.meter()

@@ -37,7 +37,6 @@ class Served:
 
     @property
     def name(self) -> str:
-        """Of the request."""
         return f"{self.session}/{self.turn}"
 
     @property
@@ -69,16 +68,9 @@ class _Host:
 
 
 class Fleet:
-    """Replicas on machines.
+    """Replicas with ``num_blocks`` of KV cache each.
 
-    Args:
-        costs: of every replica.
-        num_blocks: of each replica's KV cache.
-        router: chooses replicas.
-        machines: the number of each replica's machine.
-        cores: of a machine.
-        scale: of the conversations.
-        accepted: as ``Replica`` has it.
+    ``machines``: the number of each replica's machine, which has ``cores``. ``accepted``: as ``Replica`` has it.
     """
 
     def __init__(

@@ -34,7 +34,6 @@ class Machine:
         del self._left[task, is_engine]
 
     def _rate(self) -> float:
-        """Of a core, for each task."""
         return min(1.0, self._cores / len(self._left))
 
     def _advance(self, now: float) -> None:

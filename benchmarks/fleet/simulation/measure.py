@@ -8,9 +8,7 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from pathlib import Path
 from statistics import fmean
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import httpx
@@ -20,9 +18,17 @@ from numpy.typing import NDArray
 from prometheus_client.parser import text_string_to_metric_families
 from redis.asyncio import Redis
 
-from benchmarks.common.process import LOGS, NoiseMeter, cpu_seconds, free_port, tree
+from benchmarks.common.process import LOGS, NoiseMeter, cpu_seconds, tree
 from benchmarks.fleet.envoy import EnvoyRouter
-from benchmarks.fleet.processes import METRICS_KEY, MODEL, REPLICA_OPTIONS, TENANTS, Process, new_replica, new_valkey
+from benchmarks.fleet.processes import (
+    METRICS_KEY,
+    MODEL,
+    REPLICA_OPTIONS,
+    TENANTS,
+    Process,
+    new_replica,
+    running_valkey,
+)
 from benchmarks.fleet.simulation.fleet import Served
 from benchmarks.fleet.simulation.traces import Conversation, Scale
 from benchmarks.prompts.build import read_eval
@@ -54,7 +60,6 @@ class RealFleet:
         return [(replica.url or "").removeprefix("http://") for replica in self.replicas]
 
     def logged(self) -> list[list[dict[str, Any]]]:
-        """What each replica has logged."""
         paths = [LOGS / f"fleet-{replica.name}.log" for replica in self.replicas]
         return [[json.loads(line) for line in path.read_text().splitlines() if line[:1] == "{"] for path in paths]
 
@@ -106,7 +111,6 @@ class RealFleet:
         return sizes
 
     def text(self, place: int, length: int) -> list[int]:
-        """So many tokens from a place on."""
         corpus = self._corpus
         return [corpus[(place + number) % len(corpus)] for number in range(length)]
 
@@ -165,20 +169,17 @@ class RealFleet:
 async def running_fleet(num_replicas: int) -> AsyncIterator[RealFleet]:
     """One with empty caches; its replicas start one after the other, so that each measures its steps alone."""
     async with AsyncExitStack() as stack:
-        directory = Path(stack.enter_context(TemporaryDirectory(prefix="evospec-fleet-")))
-        port = free_port()
-        valkey = new_valkey(port, directory)
-        redis_url = f"redis://127.0.0.1:{port}"
+        valkey, redis_url, directory = await stack.enter_async_context(running_valkey())
         replicas = [new_replica(number, redis_url, _OPTIONS, "modelled") for number in range(num_replicas)]
-        for process in (valkey, *replicas):
-            (LOGS / f"fleet-{process.name}.log").unlink(missing_ok=True)
-            stack.push_async_callback(process.stop)
-            await process.start()
+        for replica in replicas:
+            (LOGS / f"fleet-{replica.name}.log").unlink(missing_ok=True)
+            stack.push_async_callback(replica.stop)
+            await replica.start()
         router = EnvoyRouter(replicas, directory, "")
         before = set(psutil.Process().children())
         url = await stack.enter_async_context(router.running())
         others = [*set(psutil.Process().children()) - before, psutil.Process(valkey.pid)]
-        redis = await stack.enter_async_context(Redis(port=port))
+        redis = await stack.enter_async_context(Redis.from_url(redis_url))
         yield RealFleet(replicas, url, redis, others)
 
 

@@ -105,7 +105,6 @@ class Replica:
         self._chance = random.Random(seed)
 
     def add(self, name: str, tenant: str, prompt: list[int], max_tokens: int) -> Request:
-        """A request that has arrived."""
         request = Request(name, b"", tenant, SamplingParams(max_tokens=max_tokens, seed=0, temperature=0.0), prompt)
         self._scheduler.add(request)
         return request
@@ -114,9 +113,9 @@ class Replica:
         """Plan a step; None where there is nothing to do."""
         if not self._scheduler.has_work():
             return None
-        reservation = self._scheduler.reserve(self)
-        costs, drafting = self._costs, self._costs.engine * self._draft(reservation.slots)
-        plan = self._scheduler.schedule(reservation)
+        decodes, slots = self._scheduler.reserve(self)
+        costs, drafting = self._costs, self._costs.engine * self._draft(slots)
+        plan = self._scheduler.schedule(decodes)
         kept = [self._verify(sequence) for sequence in plan.sequences]
         seconds = costs.step_seconds(plan.num_tokens - plan.num_prompt_tokens, len(plan.sequences))
         if plan.num_prompt_tokens:
@@ -171,7 +170,7 @@ class Replica:
             still = sum(slot.num_tokens > place for slot in drafting)
             seconds += curves.next_draft(still) if place else curves.first_draft(still)
         if drafting:
-            chains = [Chain(slot.request.draft_token_ids, [], greedy=True) for slot in drafting]
+            chains = [Chain(slot.request.draft_token_ids, []) for slot in drafting]
             self._policy.worth_verifying([slot.request.draft_state.draftable for slot in drafting], chains)
         return seconds
 
@@ -186,8 +185,8 @@ class Replica:
             accepted += 1
         if sequence.num_draft_tokens:
             outcomes = [True] * accepted + [False] * (accepted < sequence.num_draft_tokens)
-            chain = Chain(sequence.draft_token_ids, [], greedy=True)
-            self._policy.record_drafts(sequence.request.draft_state.draftable, chain, outcomes, None)
+            chain = Chain(sequence.draft_token_ids, [])
+            self._policy.record_drafts(sequence.request.draft_state.draftable, chain, outcomes)
             sequence.request.draft_state.num_entries += accepted
         return 1 + accepted
 

@@ -7,11 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import typer
-from matplotlib import pyplot
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from benchmarks.common.machine import RESULTS
@@ -64,7 +61,8 @@ def _print(rows: Sequence[Sequence[str]], console: Console) -> None:
 
 def plot(large: Sequence[dict[str, Any]], path: Path) -> None:
     """Hit rates by replicas and ring, and what Redis has to do."""
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
+    figure = Figure(figsize=(10, 4), layout="tight")
+    left, right = figure.subplots(1, 2)
     names = [f"{row['replicas']:,}\n{row['ring']}" for row in large]
     for key, marker in (("stayed", "o"), ("prefix_hits", "s")):
         left.plot(names, [row[key] for row in large], marker, label=_ACROSS[key])
@@ -77,7 +75,6 @@ def plot(large: Sequence[dict[str, Any]], path: Path) -> None:
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from benchmarks.fleet.simulation.figures import figures, redis_figures
@@ -33,17 +31,14 @@ _ADAPTER_BYTES = 405_000
 """Of SmolLM2's, which each replica that knows the key reads."""
 
 
-@dataclass(frozen=True)
-class Plan:
-    """``rate``: conversations that begin at a replica each second; figures are of the time after ``warm_up``."""
-
-    rate: float = 0.5
-    seconds: float = 800.0
-    warm_up: float = 400.0
-    num_blocks: int = 5825
+_RATE = 0.5
+"""Conversations that begin at a replica each second."""
+_SECONDS, _WARM_UP = 800.0, 400.0
+"""Figures are of the time after the latter."""
+_NUM_BLOCKS = 5825
 
 
-def serve(costs: Costs, plan: Plan, size: int, ring_size: int | None) -> dict[str, float]:
+def serve(costs: Costs, size: int, ring_size: int | None) -> dict[str, float]:
     """What sessions notice with so many replicas; ``ring_size`` None: any replica serves any request."""
     sample, scale = min(size, _SAMPLE), Scale()
     router: Router = Anywhere(sample)
@@ -52,13 +47,13 @@ def serve(costs: Costs, plan: Plan, size: int, ring_size: int | None) -> dict[st
         parts = np.array(shares(size, ring_size))
         spread = float(parts[-1])
         router = Drawn(parts[((np.arange(sample) + 0.5) * size / sample).astype(int)].tolist())
-    fleet = Fleet(costs, plan.num_blocks, router, range(sample), 2.0, scale, {})
-    conversations = make_conversations(plan.rate * sample, plan.seconds, scale)
+    fleet = Fleet(costs, _NUM_BLOCKS, router, range(sample), 2.0, scale, {})
+    conversations = make_conversations(_RATE * sample, _SECONDS, scale)
     served = fleet.run(conversations, [f"tenant {number}" for number in range(_TENANTS_EACH * sample)])
-    late = [one for one in served if one.start >= plan.warm_up]
-    busy = [machine.busy[True] / plan.seconds for machine in fleet.machines]
+    late = [one for one in served if one.start >= _WARM_UP]
+    busy = [machine.busy[True] / _SECONDS for machine in fleet.machines]
     return figures(late) | {
-        "requests_a_second": len(late) / (plan.seconds - plan.warm_up) / sample * size,
+        "requests_a_second": len(late) / (_SECONDS - _WARM_UP) / sample * size,
         "sessions_a_request": sum(one.turn == 0 for one in late) / len(late),
         "largest_share": spread,
         "busy_mean": float(np.mean(busy)),

@@ -49,9 +49,11 @@ def read_decoder(config: ConfigKeys, activation_key: str = "hidden_act") -> Mode
         ModelError: a feature that is not supported, or a missing or ill-typed entry.
     """
     config.refuse("mlp_bias")
+    if (activation := config.text(activation_key, "silu")) not in _ACTIVATIONS:
+        raise ModelError(f"not supported: {activation_key} = {activation!r}")
     num_heads, hidden_size = config.size("num_attention_heads"), config.size("hidden_size")
     head_dim = config.size("head_dim", hidden_size // num_heads)
-    rope = read_rope(config, config.section("rope_parameters", "rope_scaling"), rotary_dim(config, head_dim))
+    rope = read_rope(config, config.section("rope_parameters", "rope_scaling"), head_dim)
     return ModelSpec(
         architecture=config.text("model_type", ""),
         vocab_size=config.size("vocab_size"),
@@ -60,46 +62,27 @@ def read_decoder(config: ConfigKeys, activation_key: str = "hidden_act") -> Mode
         num_heads=num_heads,
         num_kv_heads=config.size("num_key_value_heads", num_heads),
         head_dim=head_dim,
-        layers=(LayerSpec(rope),) * num_layers(config),
+        layers=(LayerSpec(rope),) * config.size("num_hidden_layers", most=MAX_LAYERS),
         rms_norm_eps=config.number("rms_norm_eps", float, 1e-6),
         max_position_embeddings=config.number("max_position_embeddings", int),
         tie_word_embeddings=config.flag("tie_word_embeddings"),
         bos_token_id=next(iter(config.ids("bos_token_id")), None),
         eos_token_ids=config.ids("eos_token_id"),
         attention_scale=head_dim**-0.5,
-        activation=_activation(config, activation_key),
+        activation=_ACTIVATIONS[activation],
     )
 
 
-def num_layers(config: ConfigKeys) -> int:
-    """How many layers there are; ``ModelError`` where no model has so many."""
-    count = config.number("num_hidden_layers", int)
-    if not 0 < count <= MAX_LAYERS:
-        raise ModelError(f"num_hidden_layers is {count}, must be 1 to {MAX_LAYERS}")
-    return count
-
-
-def rotary_dim(config: ConfigKeys, head_dim: int) -> int:
-    """How many dimensions of a head turn: all, or a share of them."""
-    rope = config.section("rope_parameters", "rope_scaling")
-    share = rope.number("partial_rotary_factor", float, config.number("partial_rotary_factor", float, 1.0))
-    return int(round(head_dim * share, 3))  # of a GGUF file, which has their number, it may be just short of that
-
-
 def layers_of_types(
-    config: ConfigKeys, kinds: Mapping[str, LayerSpec], slides: Callable[[int], bool]
+    config: ConfigKeys, spec: ModelSpec, sliding: LayerSpec, slides: Callable[[int], bool]
 ) -> tuple[LayerSpec, ...]:
-    """Each layer by its entry in ``layer_types``; where there are none, ``slides`` says which have a window."""
-    count = num_layers(config)
+    """The layers of ``spec``, which are all alike, some of them replaced by ``sliding``.
+
+    Which, ``layer_types`` says; where there are none, ``slides``.
+    """
+    kinds, count = {FULL: spec.layers[0], SLIDING: sliding}, spec.num_layers
     types = config.items("layer_types", count) or [SLIDING if slides(index) else FULL for index in range(count)]
     for name in types:
         if not isinstance(name, str) or name not in kinds:
             raise ModelError(f"not supported: {name!r} among layer_types")
     return tuple(kinds[name] for name in types)
-
-
-def _activation(config: ConfigKeys, key: str) -> Activation:
-    name = config.text(key, "silu")
-    if name not in _ACTIVATIONS:
-        raise ModelError(f"not supported: {key} = {name!r}")
-    return _ACTIVATIONS[name]

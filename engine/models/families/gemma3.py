@@ -16,14 +16,14 @@ def _read(config: ConfigKeys) -> ModelSpec:
     scaling = ropes.section(FULL) if ropes.values else config.section("rope_scaling")
     spec = read_decoder(ConfigKeys({**config.values, "rope_parameters": scaling.values}), "hidden_activation")
     local = read_rope(config, ropes.section(SLIDING), spec.head_dim, 10_000.0, "rope_local_base_freq")
-    kinds = {FULL: LayerSpec(spec.rope), SLIDING: LayerSpec(local, config.optional("sliding_window", int))}
+    sliding = LayerSpec(local, config.optional("sliding_window", int))
     pattern = max(config.number("sliding_window_pattern", int, 6), 1)
     query_scalar = config.number("query_pre_attn_scalar", float, spec.head_dim)
     if query_scalar <= 0:
         raise ModelError(f"query_pre_attn_scalar is {query_scalar}, must be positive")
     return replace(
         spec,
-        layers=layers_of_types(config, kinds, slides=lambda index: (index + 1) % pattern != 0),
+        layers=layers_of_types(config, spec, sliding, slides=lambda index: (index + 1) % pattern != 0),
         attention_scale=query_scalar**-0.5,
         embedding_scale=spec.hidden_size**0.5,
         qk_norm=True,

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from engine.models.config import Experts, LayerSpec, ModelError, ModelSpec
 from engine.models.config_keys import ConfigKeys
-from engine.models.families.base import FULL, SLIDING, Family, layers_of_types, read_decoder
+from engine.models.families.base import Family, layers_of_types, read_decoder
 
 
 def _read(config: ConfigKeys) -> ModelSpec:
@@ -14,12 +14,12 @@ def _read(config: ConfigKeys) -> ModelSpec:
         if config.number(key, float, value) != value:
             raise ModelError(f"not supported: {key} = {config.values[key]}")
     spec = read_decoder(config)
-    kinds = {FULL: LayerSpec(spec.rope), SLIDING: LayerSpec(spec.rope, config.optional("sliding_window", int))}
+    sliding = LayerSpec(spec.rope, config.optional("sliding_window", int))
     has_bias = config.flag("attention_bias", default=True)
     count = config.number("num_local_experts", int, config.optional("num_experts", int))
     return replace(
         spec,
-        layers=layers_of_types(config, kinds, slides=lambda index: index % 2 == 0),
+        layers=layers_of_types(config, spec, sliding, slides=lambda index: index % 2 == 0),
         attention_bias=has_bias,
         output_bias=has_bias,
         attention_sinks=True,
@@ -29,7 +29,6 @@ def _read(config: ConfigKeys) -> ModelSpec:
 
 
 _YARN = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "truncate": False}
-_EXPERTS = "mlp.experts."
 GPT_OSS = Family(
     "gpt_oss",
     _read,
@@ -48,13 +47,16 @@ GPT_OSS = Family(
     gguf_defaults=lambda config: {"rope_scaling": {**config.section("rope_scaling").values, "truncate": False}},
     alternates_experts=True,
     names={
-        **{f"mlp.router.{kind}": f"mlp.gate.{kind}" for kind in ("weight", "bias")},
-        **{f"{_EXPERTS}{name}": f"{_EXPERTS}{name}.weight" for name in ("gate_up_proj", "down_proj")},
-        **{
-            f"{_EXPERTS}{name}_{part}": f"{_EXPERTS}{name}.{part}"
-            for name in ("gate_up_proj", "down_proj")
-            for part in ("bias", "blocks", "scales")
-        },
+        "mlp.router.weight": "mlp.gate.weight",
+        "mlp.router.bias": "mlp.gate.bias",
+        "mlp.experts.gate_up_proj": "mlp.experts.gate_up_proj.weight",
+        "mlp.experts.gate_up_proj_bias": "mlp.experts.gate_up_proj.bias",
+        "mlp.experts.gate_up_proj_blocks": "mlp.experts.gate_up_proj.blocks",
+        "mlp.experts.gate_up_proj_scales": "mlp.experts.gate_up_proj.scales",
+        "mlp.experts.down_proj": "mlp.experts.down_proj.weight",
+        "mlp.experts.down_proj_bias": "mlp.experts.down_proj.bias",
+        "mlp.experts.down_proj_blocks": "mlp.experts.down_proj.blocks",
+        "mlp.experts.down_proj_scales": "mlp.experts.down_proj.scales",
         "self_attn.sinks": "self_attn.sinks.weight",
     },
 )

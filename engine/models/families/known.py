@@ -17,18 +17,16 @@ from engine.models.families.qwen import QWEN2, QWEN3, QWEN3_MOE
 from engine.models.families.smollm3 import SMOLLM3
 
 FAMILIES = (LLAMA, QWEN2, QWEN3, QWEN3_MOE, MISTRAL, MINISTRAL, MINISTRAL3, SMOLLM3, PHI3, GEMMA3, GPT_OSS)
-_BY_MODEL_TYPE = {family.model_type: family for family in FAMILIES}
-_BY_GGUF = {family.gguf_architecture: family for family in FAMILIES if family.gguf_architecture is not None}
+BY_MODEL_TYPE = {family.model_type: family for family in FAMILIES}
+BY_GGUF_ARCHITECTURE = {family.gguf_architecture: family for family in FAMILIES if family.gguf_architecture is not None}
 
 
-def family_of(model_type: object) -> Family:
-    """By ``model_type`` of a config.json; raises ``ModelError`` where it is not supported."""
-    return _find(model_type, _BY_MODEL_TYPE)
-
-
-def family_of_gguf(architecture: object) -> Family:
-    """By ``general.architecture`` of a GGUF file; raises ``ModelError`` where it is not supported."""
-    return _find(architecture, _BY_GGUF)
+def family_of(name: object, families: Mapping[str, Family] = BY_MODEL_TYPE) -> Family:
+    """The family of a name; raises ``ModelError`` where none has it."""
+    family = families.get(name) if isinstance(name, str) else None
+    if family is None:
+        raise ModelError(f"architecture {name!r} is not supported (supported: {', '.join(families)})")
+    return family
 
 
 def spec_from_config(config: Mapping[str, Any], generation_config: Mapping[str, Any]) -> ModelSpec:
@@ -54,10 +52,3 @@ def _text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
         return config
     shared = ("bos_token_id", "eos_token_id", "tie_word_embeddings")
     return {**{key: config[key] for key in shared if key in config}, **text}
-
-
-def _find(name: object, families: Mapping[str, Family]) -> Family:
-    family = families.get(name) if isinstance(name, str) else None
-    if family is None:
-        raise ModelError(f"architecture {name!r} is not supported (supported: {', '.join(families)})")
-    return family

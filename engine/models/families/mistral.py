@@ -6,15 +6,15 @@ from dataclasses import replace
 
 from engine.models.config import LayerSpec, ModelSpec
 from engine.models.config_keys import ConfigKeys
-from engine.models.families.base import FULL, SLIDING, Family, layers_of_types, read_decoder
+from engine.models.families.base import Family, layers_of_types, read_decoder
 
 
 def _read(config: ConfigKeys) -> ModelSpec:
     config.refuse("attention_bias")
     spec = read_decoder(config)
     window = config.optional("sliding_window", int)
-    kinds = {FULL: LayerSpec(spec.rope), SLIDING: LayerSpec(spec.rope, window)}
-    return replace(spec, layers=layers_of_types(config, kinds, slides=lambda _: window is not None))
+    sliding = LayerSpec(spec.rope, window)
+    return replace(spec, layers=layers_of_types(config, spec, sliding, slides=lambda _: window is not None))
 
 
 def _read_ministral3(config: ConfigKeys) -> ModelSpec:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from engine.models.config import Experts, LayerSpec, ModelError, ModelSpec
 from engine.models.config_keys import ConfigKeys
-from engine.models.families.base import FULL, SLIDING, Family, layers_of_types, read_decoder
+from engine.models.families.base import Family, layers_of_types, read_decoder
 
 
 def _read_qwen2(config: ConfigKeys) -> ModelSpec:
@@ -36,9 +36,8 @@ def _read_qwen3_moe(config: ConfigKeys) -> ModelSpec:
 def _layers(config: ConfigKeys, spec: ModelSpec) -> tuple[LayerSpec, ...]:
     """With ``use_sliding_window`` the layers from ``max_window_layers`` on have a window."""
     window = config.optional("sliding_window", int) if config.flag("use_sliding_window") else None
-    kinds = {FULL: LayerSpec(spec.rope), SLIDING: LayerSpec(spec.rope, window)}
-    first = config.number("max_window_layers", int, 28)
-    return layers_of_types(config, kinds, slides=lambda index: window is not None and index >= first)
+    sliding, first = LayerSpec(spec.rope, window), config.number("max_window_layers", int, 28)
+    return layers_of_types(config, spec, sliding, slides=lambda index: window is not None and index >= first)
 
 
 QWEN2 = Family("qwen2", _read_qwen2, defaults={"sliding_window": 4096}, gguf_architecture="qwen2")

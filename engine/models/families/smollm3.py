@@ -6,12 +6,13 @@ from dataclasses import replace
 
 from engine.models.config import LayerSpec, ModelSpec
 from engine.models.config_keys import ConfigKeys
-from engine.models.families.base import Family, num_layers, read_decoder
+from engine.models.families.base import Family, read_decoder
 
 
 def _read(config: ConfigKeys) -> ModelSpec:
     config.refuse("attention_bias", "use_sliding_window")
-    spec, count = read_decoder(config), num_layers(config)
+    spec = read_decoder(config)
+    count = spec.num_layers
     interval = max(config.number("no_rope_layer_interval", int, 4), 1)
     turns = config.items("no_rope_layers", count) or [(index + 1) % interval for index in range(count)]
     return replace(spec, layers=tuple(LayerSpec(spec.rope if turn else None) for turn in turns))

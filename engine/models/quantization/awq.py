@@ -36,7 +36,6 @@ class Awq(Quantization):
 
     @classmethod
     def read(cls, config: ConfigKeys) -> Awq:
-        """From ``quantization_config``; ``ModelError`` for what is not supported."""
         layout = config.text("version", config.text("format", "gemm")).lower()
         supported("version", layout, ("gemm",))
         supported("backend", config.text("backend", "autoawq"), ("autoawq", "auto"))

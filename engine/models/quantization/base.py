@@ -64,7 +64,6 @@ class QuantizedMatrix:
     """Of each column, [k]"""
 
     def dequantized(self, rows: slice) -> npt.NDArray[np.float32]:
-        """[rows, k]"""
         values = self.codes(rows).astype(np.float32)
         if self.zeros is not None:
             values -= self.zeros[rows].take(self.groups, axis=1)
@@ -88,7 +87,6 @@ class QuantizedMatrix:
         return _BLOCK_TYPES[self.bits]
 
     def blocks(self, rows: slice) -> npt.NDArray[np.uint8]:
-        """Its blocks of ``block_type``, [rows, bytes]."""
         assert self.zeros is not None
         scales, zeros = self.scales[rows], self.zeros[rows]
         codes = self.codes(rows).reshape(len(scales), -1, _BLOCK)

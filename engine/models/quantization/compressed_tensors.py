@@ -70,7 +70,6 @@ class PackQuantized(Quantization):
 
 
 def read_compressed_tensors(config: ConfigKeys) -> Quantization:
-    """From ``quantization_config``; ``ModelError`` for what is not supported."""
     config.refuse("transform_config")
     supported("sparsity_config.format", config.section("sparsity_config").text("format", "dense"), ("dense",))
     groups = config.section("config_groups")

@@ -39,7 +39,6 @@ class Gptq(Quantization):
 
     @classmethod
     def read(cls, config: ConfigKeys) -> Gptq:
-        """From ``quantization_config``; ``ModelError`` for what is not supported."""
         config.refuse("is_marlin_format", "adapter", "rotation")
         layout = config.text("checkpoint_format", config.text("format", "gptq"))
         return cls(

@@ -21,6 +21,7 @@ METHODS: Mapping[str, Callable[[ConfigKeys], Quantization]] = {
     "gptq": Gptq.read,
     "mxfp4": lambda _: Mxfp4(),
 }
+"""By ``quant_method``: from ``quantization_config``; they raise ``ModelError`` for what is not supported."""
 
 
 def quantization_of(config: Mapping[str, Any]) -> Quantization | None:

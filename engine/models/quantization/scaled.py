@@ -28,7 +28,6 @@ class Scaled(Quantization):
 
     @classmethod
     def read(cls, config: ConfigKeys) -> Scaled:
-        """From ``quantization_config`` of FP8; ``ModelError`` for what is not supported."""
         supported("fmt", config.text("fmt", "e4m3"), ("e4m3", "float8_e4m3fn"))
         return cls(FP8, *block(config, "weight_block_size"))
 

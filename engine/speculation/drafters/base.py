@@ -14,9 +14,11 @@ from typing import Protocol
 from engine.batch import Features
 from engine.draft_state import DraftSource
 from engine.draft_vocab.vocab import DraftVocab
+from engine.online.verify_log import VerifyLog
+from engine.online.whole_draft import WholeDraft
 from engine.request import Request
-from engine.speculation.length.policy import StopRule
 from engine.step_plan import DraftSlot, ScheduledSequence
+from kernels.native_chain import StopRule
 
 
 class Proposer:
@@ -32,9 +34,15 @@ class Proposer:
     """Who drafted what it proposes."""
     stops_early: bool = False
     """Whether ``propose`` follows a ``StopRule``; otherwise it is given none."""
+    verify_log: VerifyLog | None = None
+    """Where verified drafts are to be written down."""
+    whole_draft: WholeDraft | None = None
+    """Whose weights it drafts with, and for whom, where those come from the worker as a whole; None: for all."""
 
     def propose(self, slots: Sequence[DraftSlot], stop: StopRule | None = None) -> None:
         """Write ``request.draft_token_ids``, at most ``slot.num_tokens`` each, fewer where ``stop`` says so.
+
+        Drafts with entries of their own draft for the slots whose entries are, or can be brought, up to date.
 
         Where the draft knows how sure it is of them, ``draft_state.confidence`` too.
 
@@ -87,4 +95,3 @@ class Draft(Protocol):
 
     def make_proposer(self, num_blocks: int) -> Proposer:
         """Allocate KV for blocks 0 .. num_blocks - 1."""
-        ...

@@ -15,8 +15,8 @@ from engine.request import Request
 from engine.speculation.drafters.base import DraftCosts, Proposer
 from engine.speculation.drafters.head import DraftHead
 from engine.speculation.drafters.kv import DraftKvTracker, chain_batches
-from engine.speculation.length.policy import StopRule
 from engine.step_plan import DraftSlot, ScheduledSequence
+from kernels.native_chain import StopRule
 
 
 class DraftModel:
@@ -29,7 +29,6 @@ class DraftModel:
         self.costs = DraftCosts(loaded.model.weight_bytes + head.num_bytes, self._attention_spec(1).bytes_per_block)
 
     def make_proposer(self, num_blocks: int) -> Proposer:
-        """Allocate KV for blocks 0 .. num_blocks - 1."""
         attention = self._loaded.make_attention(self._attention_spec(num_blocks))
         return DraftModelProposer(self._loaded, attention, self._head)
 
@@ -47,7 +46,6 @@ class DraftModelProposer(Proposer):
 
     @torch.inference_mode()
     def propose(self, slots: Sequence[DraftSlot], stop: StopRule | None = None) -> None:
-        """Draft for the slots that want tokens and whose entries are, or can be brought, up to date."""
         chunks, ready = self._entries.catch_up([slot for slot in slots if slot.num_tokens > 0])
         if not chunks:
             return
@@ -59,7 +57,6 @@ class DraftModelProposer(Proposer):
             self._head.draft(self._forward(batch), longer)
 
     def num_unread(self, request: Request) -> int:
-        """Tokens of a request that have no entry yet."""
         return self._entries.num_behind(request)
 
     def after_verification(
@@ -72,7 +69,6 @@ class DraftModelProposer(Proposer):
             self._entries.mark_computed(sequence, max(min(kept, drafted) - 1, 0))
 
     def forget(self, request: Request) -> None:
-        """Drop what is known of a request."""
         self._entries.forget(request)
 
     def _forward(self, batch: ForwardBatch) -> torch.Tensor:

@@ -19,7 +19,6 @@ from engine.config import CacheConfig
 from engine.loader import LoadedModel
 from engine.model_runner import build_batch, lay_out, padded_block_tables
 from engine.models.eagle3 import Eagle3
-from engine.models.eagle3_config import Eagle3Config
 from engine.models.native_decoder import NativeDecoder
 from engine.models.native_eagle3 import NativeEagle3
 from engine.online.adapters import EagleAdapters
@@ -30,13 +29,11 @@ from engine.request import Request
 from engine.speculation.drafters.base import DraftCosts, Proposer
 from engine.speculation.drafters.eagle_network import EagleNetwork, make_network
 from engine.speculation.drafters.gpu_chain import GpuChain
-from engine.speculation.drafters.gpu_head import GpuHead
 from engine.speculation.drafters.head import DraftHead
 from engine.speculation.drafters.kv import Chunk, DraftKvTracker, FeatureStore, chain_batches
-from engine.speculation.length.policy import StopRule
 from engine.step_plan import DraftSlot, ScheduledSequence
 from kernels.batched_lora import LoraRows
-from kernels.native_chain import NativeChain, UnreadTokens
+from kernels.native_chain import NativeChain, StopRule, UnreadTokens
 from kernels.upload import upload
 
 Embed = Callable[[torch.Tensor], torch.Tensor]
@@ -65,31 +62,35 @@ class EagleDraft:
         adapters: EagleAdapters | None = None,
         embedding: torch.Tensor | None = None,
     ) -> None:
-        self._target, self._cache, self._head, self._adapters = target, cache, head, adapters
-        self._config, self._network = draft.config, make_network(draft, target, embedding)
-        self._embed = _embedder(self._network, target, embedding)
+        self.target, self.head, self.adapters, self.config, self._cache = target, head, adapters, draft.config, cache
+        self.network = make_network(draft, target, embedding)
+        self.embed = _embedder(self.network, target, embedding)
         if isinstance(adapters, WholeDraft):
-            adapters.network = self._network
+            adapters.network = self.network
+        self.stores_fused = adapters is None or not adapters.trains_fusion
+        """Whether g is stored of each token: one fusion, and a third of the memory."""
+        self.stored_width = draft.config.hidden_size
+        """Values that are stored of each token."""
+        if adapters is not None and adapters.trains_fusion:
+            self.stored_width = draft.config.recorded_size if adapters.records_output else draft.config.fused_size
         self.description = f"eagle3 {name}, vocabulary {head.description}"
-        one = self._attention_spec(1)
-        width = _stored_width(self._config, adapters)
-        stored_bytes = cache.block_size * width * target.dtype.itemsize
         self.vocab = head.vocab
-        self._on_gpu = head.on_gpu() if target.cuda_graphs else None
+        self.on_gpu = head.on_gpu() if target.cuda_graphs else None
+        """The same as ``head`` in CUDA graphs."""
         adapter_bytes = adapters.num_bytes if adapters else 0
-        is_packed = embedding is None or isinstance(self._network, NativeEagle3)
+        is_packed = embedding is None or isinstance(self.network, NativeEagle3)
         embedding_bytes = 0 if is_packed or embedding is None else embedding.nbytes
-        weight_bytes = self._network.weight_bytes + embedding_bytes + head.num_bytes + adapter_bytes
-        self.costs = DraftCosts(weight_bytes, one.bytes_per_block + stored_bytes)
+        weight_bytes = self.network.weight_bytes + embedding_bytes + head.num_bytes + adapter_bytes
+        stored_bytes = cache.block_size * self.stored_width * target.dtype.itemsize
+        self.costs = DraftCosts(weight_bytes, self._attention_spec(1).bytes_per_block + stored_bytes)
 
     def make_proposer(self, num_blocks: int) -> EagleProposer:
         """Allocate KV and features for blocks 0 .. num_blocks - 1, and one that is nobody's where there are graphs."""
-        attention = _make_attention(self._attention_spec(num_blocks + int(self._target.cuda_graphs)), self._target)
-        others = self._head, self._config, self._adapters, self._on_gpu
-        return EagleProposer(self._network, self._target, self._embed, attention, *others)
+        spec = self._attention_spec(num_blocks + int(self.target.cuda_graphs))
+        return EagleProposer(self, _make_attention(spec, self.target))
 
     def _attention_spec(self, num_blocks: int) -> AttentionSpec:
-        config = self._config
+        config = self.config
         return AttentionSpec(
             num_layers=1,
             num_heads=config.num_heads,
@@ -97,8 +98,8 @@ class EagleDraft:
             head_dim=config.head_dim,
             num_blocks=num_blocks,
             block_size=self._cache.block_size,
-            dtype=self._target.dtype,
-            device=self._target.device,
+            dtype=self.target.dtype,
+            device=self.target.device,
             windows=(config.variant.sliding_window,),
         )
 
@@ -117,31 +118,16 @@ class EagleProposer(Proposer):
     in turn. That costs acceptance only.
 
     Args:
-        network: the draft's arithmetic.
-        target: for which it drafts.
-        embed: rows of the embedding: [T] int32 → [T, hidden].
+        draft: what is loaded.
         attention: the draft's KV cache, in the target's block ids.
-        head: from hidden states to tokens.
-        config: of the draft.
-        adapters: of the draft; with them, verified drafts are logged (None: there are none).
-        on_gpu: the same as ``head`` in CUDA graphs, for the attention that can be in one (None: there are none).
     """
 
-    def __init__(
-        self,
-        network: EagleNetwork,
-        target: LoadedModel,
-        embed: Embed,
-        attention: AttentionBackend,
-        head: DraftHead,
-        config: Eagle3Config,
-        adapters: EagleAdapters | None = None,
-        on_gpu: GpuHead | None = None,
-    ) -> None:
+    def __init__(self, draft: EagleDraft, attention: AttentionBackend) -> None:
+        network, target, head, adapters, config = draft.network, draft.target, draft.head, draft.adapters, draft.config
         self.capture_layers = config.capture_layers
         if adapters is not None and adapters.records_output:
             self.capture_layers += (config.num_target_layers - 1,)
-        self._network, self._embed, self._attention, self._head = network, embed, attention, head
+        self._network, self._embed, self._attention, self._head = network, draft.embed, attention, head
         self._block_size, self._device = attention.spec.block_size, target.device
         self._chain: NativeChain | None = None
         """Drafts all tokens of a step in one call, where the compiled kernels can; None: token by token."""
@@ -152,28 +138,25 @@ class EagleProposer(Proposer):
         self._gpu_chain: GpuChain | None = None
         """The same on a GPU, by CUDA graphs."""
         self._entries = DraftKvTracker(attention.spec.num_blocks, self._block_size)
-        self._stores_fused, self._fused_size = _stores_fused(adapters), config.fused_size
-        width, num_slots = _stored_width(config, adapters), attention.spec.num_blocks * self._block_size
+        self._stores_fused, self._fused_size = draft.stores_fused, config.fused_size
         fusing = network if self._stores_fused else None
-        self._stored = FeatureStore(num_slots, width, fusing, target.dtype, target.device)
+        num_slots = attention.spec.num_blocks * self._block_size
+        self._stored = FeatureStore(num_slots, draft.stored_width, fusing, target.dtype, target.device)
         self._adapters = adapters
         self.whole_draft = adapters if isinstance(adapters, WholeDraft) else None
-        """Whose weights it drafts with where they are exchanged as a whole."""
         self._num_loads = 0
-        """How often they were, when entries were made last."""
-        if on_gpu is not None and isinstance(attention, flashinfer.FlashInferAttention):
+        """How often its weights were exchanged, when entries were made last."""
+        if draft.on_gpu is not None and isinstance(attention, flashinfer.FlashInferAttention):
             sizes = self._stored.before_first, -(-target.max_model_len // self._block_size)
-            lora = adapters if isinstance(adapters, EagleAdapters) else None
-            self._gpu_chain = GpuChain(network, embed, attention, on_gpu, self._g_of, *sizes, lora)
-        self.verify_log = None
-        """Where verified drafts are to be written down."""
+            lora = None if self.whole_draft is not None else adapters
+            self._gpu_chain = GpuChain(network, draft.embed, attention, draft.on_gpu, self._g_of, *sizes, lora)
         if adapters is not None:
-            writer = RunWriter(adapters.config, width, self._stored_before, head.prior_weights)
+            prior_weights = (lambda _: None) if head.vocab is None else head.vocab.prior_weights
+            writer = RunWriter(adapters.config, draft.stored_width, self._stored_before, prior_weights)
             self.verify_log = VerifyLog(adapters, writer, target.team)
 
     @torch.inference_mode()
     def propose(self, slots: Sequence[DraftSlot], stop: StopRule | None = None) -> None:
-        """Draft for the slots that want tokens and whose entries are, or can be brought, up to date."""
         if self.whole_draft is not None and self.whole_draft.num_loads != self._num_loads:
             self._num_loads = self.whole_draft.num_loads
             self._entries.outdate()
@@ -231,7 +214,6 @@ class EagleProposer(Proposer):
         return self._adapters.rows(of_rows) if self._adapters else None
 
     def num_unread(self, request: Request) -> int:
-        """Tokens of a request that have no entry yet."""
         return self._entries.num_behind(request)
 
     @torch.inference_mode()
@@ -245,7 +227,6 @@ class EagleProposer(Proposer):
         self._stored.add(features)
 
     def forget(self, request: Request) -> None:
-        """Drop what is known of a request."""
         self._entries.forget(request)
 
     def _forward(self, batch: ForwardBatch, of_tokens: Iterable[Request], g: torch.Tensor) -> torch.Tensor:
@@ -263,18 +244,6 @@ class EagleProposer(Proposer):
 
     def _slots_before(self, chunks: Sequence[Chunk]) -> list[int]:
         return self._stored.slots_before(chunks, self._network.shift, self._block_size)
-
-
-def _stores_fused(adapters: EagleAdapters | None) -> bool:
-    """Whether g is stored: one fusion for each token, and a third of the memory."""
-    return adapters is None or not adapters.trains_fusion
-
-
-def _stored_width(config: Eagle3Config, adapters: EagleAdapters | None) -> int:
-    """Values that are stored of each token."""
-    if adapters is None or not adapters.trains_fusion:
-        return config.hidden_size
-    return config.recorded_size if adapters.records_output else config.fused_size
 
 
 def _one_place_earlier(chunk: Chunk) -> Chunk:

@@ -32,7 +32,7 @@ from engine.step_graphs import CudaGraphRecorder, Planned, Replay, filled_up, pa
 from engine.step_plan import DraftSlot
 from kernels.batched_lora import LoraRows
 from kernels.choose_tokens import GpuRows, RowSampling, choice_arrays
-from kernels.drafted_rounds import DraftedRounds
+from kernels.session_memory import DraftedRounds
 from kernels.session_options import drafted_ints
 from kernels.upload import FixedMemory
 

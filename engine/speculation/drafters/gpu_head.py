@@ -16,8 +16,8 @@ from engine.draft_vocab.vocab import DraftVocab
 from engine.request import Request
 from kernels.choose_tokens import GpuRows
 from kernels.draft_head import draft_head_topk
-from kernels.drafted_rounds import DraftedRounds
 from kernels.head_rows import Core, HeadRows, TailSlabs
+from kernels.session_memory import DraftedRounds
 from kernels.session_prior import GpuPrior
 
 

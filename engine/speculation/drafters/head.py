@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +20,11 @@ from engine.request import Request
 from engine.sampling.choose import all_greedy, choose_tokens, row_sampling
 from engine.speculation.drafters.gpu_head import GpuHead
 from engine.speculation.drafters.own_head import OwnHead
-from engine.speculation.length.policy import StopRule
 from engine.step_plan import DraftSlot
 from kernels.batched_lora import LoraRows
 from kernels.draft_head import draft_head_topk
 from kernels.head_rows import Core, HeadRows, TailMemory, TailSlabs
-from kernels.native_chain import ChainBatch, ChainResult, ChainStop, NativeChain, UnreadTokens
+from kernels.native_chain import ChainBatch, NativeChain, StopRule, UnreadTokens
 from kernels.native_decoder import KvCache
 from kernels.upload import upload
 
@@ -37,13 +35,14 @@ CANDIDATES = 64
 
 
 class DraftHead:
-    """A model's output projection over all tokens or over a static core, and the tails of sessions.
+    """A model's output projection over all tokens or over a core, the tails of sessions, and their priors.
 
     Args:
         loaded: whose head it is; the full head is shared, never copied.
         token_ids: [K] int64 on the CPU, ascending: the tokens that every row can draft; None for all of the head.
         tails: further tokens, session by session (None: no tails); not with the model's full head.
         own: the draft's own head, whose tokens the core is of (None: it has the model's).
+        vocab: the tails and priors of running sequences; None for a vocabulary that is the same for all.
     """
 
     def __init__(
@@ -52,8 +51,9 @@ class DraftHead:
         token_ids: torch.Tensor | None = None,
         tails: TailMemory | None = None,
         own: OwnHead | None = None,
+        vocab: DraftVocab | None = None,
     ) -> None:
-        self._model, self._own = loaded.model, own
+        self._model, self._own, self.vocab = loaded.model, own, vocab
         slab = loaded.model.head_slab(token_ids) if own is None else own.slab_of(token_ids)
         token_ids = own.token_ids if own is not None and token_ids is None else token_ids
         ids = None if token_ids is None else token_ids.to(loaded.device, torch.int32)
@@ -65,15 +65,17 @@ class DraftHead:
         self._slabs: Sequence[int] | None = None
         self._of_rows: torch.Tensor | None = None
         """``_slabs``, of the last rows with a tail each, as a tensor."""
-        self.num_bytes = slab.num_bytes + (0 if tails is None else tails.num_bytes)
+        self.num_bytes = slab.num_bytes + sum(one.num_bytes for one in (tails, vocab) if one is not None)
         """Memory of its own."""
         core = "full" if ids is None else f"static:{len(ids)}"
         if own is not None and ids is not None and len(ids) == len(own.token_ids):
             core = f"of its own {len(ids)} tokens"
         self.description = core if tails is None else f"{core} + {tails.slots}"
         """The vocabulary as it is configured."""
-        self.vocab: DraftVocab | None = None
-        """What the tails and priors of running sequences are; None for a vocabulary that is the same for all."""
+        if vocab is not None and own is None:
+            self.description = f"dynamic:{core.removeprefix('static:')}+{0 if tails is None else tails.slots}"
+        elif vocab is not None:
+            self.description += ", with a prior"
 
     def draft(self, hidden: torch.Tensor, slots: Sequence[DraftSlot]) -> None:
         """Append the next draft token of each sequence to its ``draft_token_ids``; ``hidden`` as for ``choose_for``."""
@@ -82,14 +84,36 @@ class DraftHead:
             slot.request.draft_token_ids.append(token_id)
 
     def choose_for(self, hidden: torch.Tensor, requests: Sequence[Request]) -> list[int]:
-        """The next draft token of each request, whose drafts before it are in its ``draft_token_ids``.
+        """The next draft token of each request, by its own vocabulary and prior.
 
         Args:
             hidden: [N, hidden], as the model's ``compute_logits`` takes it.
-            requests: one a row.
+            requests: one a row, whose drafts before this one are in their ``draft_token_ids``.
         """
         params = [request.sampling for request in requests]
-        return self.choose(hidden, params, () if all_greedy(params) else next_positions(requests))
+        positions = () if all_greedy(params) else next_positions(requests)
+        vocab = self.vocab
+        if vocab is None:
+            return self.choose(hidden, params, positions)
+        if not requests[0].draft_token_ids:
+            vocab.before_drafts(requests)
+        if vocab.keeps_hidden:
+            for request, row in zip(requests, hidden.float().cpu().numpy(), strict=True):
+                request.draft_state.hidden.append(row)
+        slabs = vocab.slabs(requests) if self.has_tails else None
+        if not vocab.uses_prior:
+            return self.choose(hidden, params, positions, slabs)
+        logits, token_ids = (one.cpu() for one in self.candidates(hidden, slabs))
+
+        def logits_of(rows: NDArray[np.int32], tokens: NDArray[np.int32]) -> torch.Tensor:
+            places, wanted = upload(hidden.device, rows, tokens)
+            return self.logits(hidden.index_select(0, places), wanted).cpu()
+
+        best = vocab.choose_with_prior(requests, token_ids, logits, logits_of)
+        if all_greedy(params):
+            return best
+        logits, token_ids = upload(hidden.device, logits.numpy(), token_ids.numpy())
+        return any_token(choose_tokens(logits, params, positions, token_ids, self.team))
 
     def choose(
         self,
@@ -117,8 +141,8 @@ class DraftHead:
 
     def on_gpu(self) -> GpuHead | None:
         """What chooses the same without the host; None: the host is needed."""
-        tells_hidden = self.vocab is not None and self.vocab.drafted.wants_hidden
-        if self._core.rows is None or self._find is not None or tells_hidden:
+        keeps_hidden = self.vocab is not None and self.vocab.keeps_hidden
+        if self._core.rows is None or self._find is not None or keeps_hidden:
             return None
         rows = self._model.head_slab(None).rows if self._own is None else self._own.slab.rows
         assert rows is not None
@@ -135,19 +159,16 @@ class DraftHead:
         """Chains of a draft with its ``cache`` in one call; None: this head is not of the compiled kernels."""
         if self._packed is None:
             return None
-        draft = network.team, network.layer, network.output_norm
         head = target.head if self._own is None else self._own.slab.packed
         assert head is not None
-        matrices = network.embedding or target.embedding, head, self._packed
         vocab = self.vocab if self.vocab is not None and self.vocab.uses_prior else None
-        sessions = None if vocab is None else (vocab.sessions, vocab.texts.texts)
         return NativeChain(
-            *draft,
-            *matrices,
+            *(network.team, network.layer, network.output_norm),
+            *(network.embedding or target.embedding, head, self._packed),
             cache=cache,
             core_ids=self._core.token_ids,
             tails=self._tails,
-            sessions=sessions,
+            sessions=None if vocab is None else (vocab.sessions, vocab.texts.texts),
             candidates=CANDIDATES,
             row_of=None if self._own is None else self._own.row_of,
             shift=network.shift,
@@ -173,31 +194,35 @@ class DraftHead:
             lora: what the draft's tokens are adapted by, one a row.
             stop: None: all chains get their length, and nothing is known of how sure the draft is.
         """
+        result = chain.run(self._chain_batch(slots, tables, lora, stop), unread)
+        confidence = None if result.confidence is None else result.confidence.T.tolist()
+        hidden = result.hidden.float().numpy() if self.vocab is not None and self.vocab.keeps_hidden else None
+        for row, (slot, tokens) in enumerate(zip(slots, result.tokens.T.tolist(), strict=True)):
+            slot.request.draft_token_ids += tokens[: slot.num_tokens]
+            if confidence is not None:
+                slot.request.draft_state.confidence = confidence[row][: slot.num_tokens]
+            if hidden is not None:
+                slot.request.draft_state.hidden = list(hidden[: slot.num_tokens, row])
+
+    def _chain_batch(
+        self, slots: Sequence[DraftSlot], tables: NDArray[np.int32], lora: LoraRows | None, stop: StopRule | None
+    ) -> ChainBatch:
         requests, lengths = [slot.request for slot in slots], [slot.num_tokens for slot in slots]
-        vocabularies = self._of_chains(requests)
+        vocab, slabs, sessions, texts = self.vocab, None, None, None
+        if vocab is not None:
+            vocab.before_drafts(requests)
+            slabs = vocab.slabs(requests) if self.has_tails else None
+            if vocab.uses_prior:
+                sessions = [request.draft_state.session for request in requests]
+                texts = [request.draft_state.text for request in requests]
         positions = [request.num_tokens - 1 for request in requests]
         sampling = row_sampling([request.sampling for request in requests])
-        rule = None if stop is None else _chain_stop(stop, requests, lengths[0])
-        batch = ChainBatch(lengths, positions, tables, sampling, lora=lora, stop=rule, **vars(vocabularies))
-        result = chain.run(batch, unread)
-        lengths = [min(length, len(result.tokens)) for length in lengths]
-        for request, length, tokens in zip(requests, lengths, result.tokens.T.tolist(), strict=True):
-            request.draft_token_ids += tokens[:length]
-        self._take_chains(requests, lengths, result)
-        if result.confidence is not None:
-            for request, length, levels in zip(requests, lengths, result.confidence.T.tolist(), strict=True):
-                request.draft_state.confidence = levels[:length]
-
-    def prior_weights(self, requests: Sequence[Request]) -> NDArray[np.float32] | None:
-        """[n, NUM_FEATURES] of the priors with which sequences are drafted for; None: without priors."""
-        return None if self.vocab is None else self.vocab.prior_weights(requests)
-
-    def _of_chains(self, requests: Sequence[Request]) -> ChainVocabularies:
-        """The tail, the prior and the text of each."""
-        return ChainVocabularies()
-
-    def _take_chains(self, requests: Sequence[Request], lengths: Sequence[int], result: ChainResult) -> None:
-        """What the chains were chosen from may be kept."""
+        sequences = [] if stop is None else [request.draft_state.draftable for request in requests]
+        return ChainBatch(
+            *(lengths, positions, tables, sampling, slabs, sessions, texts, lora, stop),
+            tenants=[one.tenant_number for one in sequences],
+            acceptance=[[*one.acceptance, *[0.0] * (lengths[0] - len(one.acceptance))] for one in sequences],
+        )
 
     def candidates(
         self, hidden: torch.Tensor, slabs: Sequence[int] | None = None, count: int = CANDIDATES
@@ -214,15 +239,6 @@ class DraftHead:
         return draft_head_topk(hidden, self._core, count, self._tails, self._of_rows, self.team)
 
 
-@dataclass(frozen=True)
-class ChainVocabularies:
-    """What rows of chains have of their own; see ``ChainBatch``."""
-
-    slabs: list[int] | None = None
-    sessions: list[int] | None = None
-    texts: list[int] | None = None
-
-
 def next_positions(requests: Iterable[Request]) -> list[int]:
     """The index of each request's next draft token in its sequence."""
     return [request.num_tokens + len(request.draft_token_ids) for request in requests]
@@ -231,21 +247,6 @@ def next_positions(requests: Iterable[Request]) -> list[int]:
 def any_token(choices: list[int]) -> list[int]:
     """Choices without -1, an empty place, which is what is left where no score is a number: any token does there."""
     return choices if min(choices) >= 0 else [max(token_id, 0) for token_id in choices]
-
-
-def _chain_stop(rule: StopRule, requests: Sequence[Request], most: int) -> ChainStop:
-    """The rule for chains of up to ``most`` tokens, one a row; shorter ones are filled up."""
-    sequences = [request.draft_state.draftable for request in requests]
-    rows = [rule.acceptance[one] for one in sequences]
-    padded = [[*row, *[0.0] * (most - len(row))] for row in rows]
-    tenants = [rule.tenants[one] for one in sequences]
-    return ChainStop(rule.chances, tenants, padded, rule.verify_costs, rule.draft_cost)
-
-
-def make_tails(loaded: LoadedModel, num_slabs: int, slots: int, own: OwnHead | None = None) -> TailSlabs:
-    """Memory for ``num_slabs`` tails of ``slots`` tokens each, rows of the draft's own head or of the model's."""
-    rows, width = (loaded.model.head_rows, loaded.spec.hidden_size) if own is None else (own.rows, own.width)
-    return TailSlabs(rows, num_slabs, slots, width, loaded.dtype, loaded.device)
 
 
 def static_vocabulary(

@@ -40,10 +40,6 @@ class DraftKvTracker:
     Nothing is computed before a sequence is drafted for, not even its prompt: while speculation does not pay, the draft
     costs next to nothing. A sequence with more than ``MAX_CATCH_UP_TOKENS`` unseen tokens may get its first draft some
     steps later. Full blocks remember whether their entries were computed, so that no shared prefix is computed again.
-
-    Args:
-        num_blocks: blocks of the KV cache.
-        block_size: tokens per block.
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:

@@ -12,23 +12,18 @@ from engine.draft_state import NONE
 from engine.draft_vocab.running_texts import RunningTexts
 from engine.draft_vocab.vocab import DraftVocab
 from engine.request import Request
-from engine.sampling.choose import all_greedy
 from engine.speculation.drafters.base import DraftCosts, Proposer
-from engine.speculation.length.policy import Copy, Repeat, StopRule
+from engine.speculation.length.policy import Copy
 from engine.step_plan import DraftSlot
 from engine.verification import Verification
-from kernels.native_chain import CONFIDENCE_LEVELS
+from kernels.native_chain import CONFIDENCE_LEVELS, StopRule
 
 MIN_MATCH = 3
 """Fewest tokens at the text's end that must have come before."""
 
 
 class PromptLookup:
-    """Finds what the ends of running sequences repeat.
-
-    Args:
-        texts: of the sequences.
-    """
+    """Finds what the ends of running sequences repeat."""
 
     def __init__(self, texts: RunningTexts) -> None:
         self._texts = texts
@@ -45,8 +40,7 @@ class PromptLookup:
         for row, copied, length in zip(rows, tokens, lengths, strict=True):
             if length >= MIN_MATCH:
                 levels = [min(length + number, CONFIDENCE_LEVELS) - 1 for number in range(limits[row])]
-                repeat = Repeat(levels, all_greedy([requests[row].sampling]))
-                copies[row] = Copy(copied[: limits[row]], repeat)
+                copies[row] = Copy(copied[: limits[row]], levels)
         return copies
 
     def forget(self, request: Request) -> None:
@@ -75,9 +69,6 @@ class NgramProposer(Proposer):
     """Copies from a sequence's own prompt and answer, after the longest repeat of its last tokens.
 
     A sequence whose end is new gets no draft. A text that repeats itself is drafted on beyond its end.
-
-    Args:
-        texts: of the running sequences.
     """
 
     source = "lookup"
@@ -98,7 +89,6 @@ class NgramProposer(Proposer):
                 request.draft_token_ids += copy.token_ids
 
     def forget(self, request: Request) -> None:
-        """Drop a request's index."""
         self._lookup.forget(request)
 
 
@@ -110,5 +100,4 @@ class NgramDraft:
     vocab: DraftVocab | None = None
 
     def make_proposer(self, num_blocks: int) -> Proposer:
-        """Needs no memory of the device."""
         return NgramProposer(RunningTexts(MAX_TEXTS))

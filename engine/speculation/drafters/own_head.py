@@ -50,16 +50,9 @@ class OwnHead:
         """[vocab] int32: the row of each token; -1: it has none"""
         self.slab = _slab(weights.rows, target)
         """All of its rows."""
-        self._map: torch.Tensor | None = None
-
-    @property
-    def width(self) -> int:
+        self.width = weights.rows.shape[1]
         """Of a row."""
-        rows, packed = self.slab.rows, self.slab.packed
-        if rows is not None:
-            return rows.shape[1]
-        assert packed is not None
-        return packed.k
+        self._map: torch.Tensor | None = None
 
     def slab_of(self, token_ids: torch.Tensor | None) -> HeadSlab:
         """The rows of these tokens [n] int64, copied together; None: all of its own."""

@@ -44,13 +44,10 @@ class _Shares:
         self.trials[kind] = self.trials[kind] * _MEMORY + 1.0
 
 
-def _expected_chances() -> _Shares:
-    """A draft is right more often than it thinks: it is trained on few tokens, and less sharp than its target."""
-    return _Shares.expecting([((level + 0.5) / CONFIDENCE_LEVELS) ** 0.5 for level in range(CONFIDENCE_LEVELS)])
-
-
 def _kinds() -> tuple[_Shares, _Shares]:
-    return _expected_chances(), _expected_chances()
+    """A draft is right more often than it thinks: it is trained on few tokens, and less sharp than its target."""
+    expected = [((level + 0.5) / CONFIDENCE_LEVELS) ** 0.5 for level in range(CONFIDENCE_LEVELS)]
+    return _Shares.expecting(expected), _Shares.expecting(expected)
 
 
 @dataclass(slots=True)
@@ -58,7 +55,7 @@ class Acceptance:
     """What verification has shown so far of one tenant's drafts.
 
     A trial is a draft token whose target's choice is known, all drafts before it having been right. Where a sequence's
-    end repeats, its draft, which follows repeats too, fares better: by the level of the repeat (None: there is none).
+    end repeats, its draft, which follows repeats too, fares better: by the level of what could be copied first.
     """
 
     _places: _Shares = field(default_factory=lambda: _Shares.expecting([_PRIOR_ACCEPTANCE] * MAX_SPECULATIVE_TOKENS))
@@ -69,7 +66,7 @@ class Acceptance:
     _repeats: list[Ratio] = field(default_factory=lambda: [Ratio() for _ in range(CONFIDENCE_LEVELS + 1)])
     """How drafts fare where the end does not repeat, and where it does, by level."""
 
-    def of_places(self, sequence: Ratio, limit: int, repeat: int | None) -> list[float]:
+    def of_places(self, sequence: Ratio, limit: int, repeat: Sequence[int]) -> list[float]:
         """[limit] chance of a sequence's first, second, .. draft, given that those before it are accepted."""
         ratio = sequence.value * self._of_repeat(repeat).value
         return [min(self._places[place] * ratio, MAX_ACCEPTANCE) for place in range(limit)]
@@ -84,7 +81,7 @@ class Acceptance:
         return [min(shares[level], MAX_ACCEPTANCE) for level in confidence]
 
     def record_drafts(
-        self, sequence: Ratio, outcomes: Sequence[bool], confidence: Sequence[int], greedy: bool, repeat: int | None
+        self, sequence: Ratio, outcomes: Sequence[bool], confidence: Sequence[int], greedy: bool, repeat: Sequence[int]
     ) -> None:
         """Trials of one sequence's chain, place by place; ``confidence`` is empty where it is not known."""
         of_repeat = self._of_repeat(repeat)
@@ -106,8 +103,8 @@ class Acceptance:
         for level, accepted in zip(levels, outcomes, strict=False):
             self._copies[not greedy].add(level, accepted)
 
-    def _of_repeat(self, level: int | None) -> Ratio:
-        return self._repeats[0 if level is None else level + 1]
+    def _of_repeat(self, levels: Sequence[int]) -> Ratio:
+        return self._repeats[levels[0] + 1 if levels else 0]
 
 
 MAX_TENANTS = 1024

@@ -19,7 +19,8 @@ import numpy as np
 from engine.speculation.length.acceptance import IDLE_MEMORY, MAX_ACCEPTANCE, Tenant, Tenants
 from engine.speculation.length.costs import ServedCosts, StepCosts
 from engine.speculation.length.plan import Plan, all_before, best_plan, best_verified, worth_reading
-from engine.speculation.length.policy import Chain, Draftable, LengthPolicy, Repeat, StopRule
+from engine.speculation.length.policy import Chain, Draftable, LengthPolicy
+from kernels.native_chain import StopRule
 
 _MIN_WORTH = 0.1
 """Tokens that copying for a sequence must promise, all costs taken off: a tenth of what its step makes anyhow."""
@@ -53,7 +54,6 @@ class AdaptiveLength(LengthPolicy):
         """That drafting takes in this step."""
 
     def drafts_for_most(self, tenant: str) -> bool:
-        """Whether of late most of a tenant's sequences were drafted for."""
         return self._tenants.of(tenant).drafted_share >= 0.5
 
     def rests(self, sequences: Sequence[Draftable]) -> bool:
@@ -100,7 +100,7 @@ class AdaptiveLength(LengthPolicy):
 
     def _of_places(self, sequence: Draftable, limit: int) -> list[float]:
         """See ``Acceptance.of_places``."""
-        return self._tenant(sequence).acceptance.of_places(sequence.ratio, limit, _level(sequence.repeat))
+        return self._tenant(sequence).acceptance.of_places(sequence.ratio, limit, sequence.repeat)
 
     def _plan_lengths(self, tenants: Sequence[Tenant], num_joining: int) -> list[int]:
         batch = self._step, num_joining
@@ -113,7 +113,6 @@ class AdaptiveLength(LengthPolicy):
         return lengths
 
     def stop_rule(self, sequences: Sequence[Draftable], lengths: Sequence[int]) -> StopRule | None:
-        """When the chains of the sequences that are drafted for now, with the lengths they have room for, end early."""
         if not self._stops_early:
             return None
         count, rate = len(lengths), self._plan.rate
@@ -121,51 +120,41 @@ class AdaptiveLength(LengthPolicy):
         verify_costs = [
             rate * (self._costs.verify(after) - self._costs.verify(before)) / count for before, after in pairwise(sizes)
         ]
-        tenants = {one: self._tenant(one) for one in sequences}
-        rows = {tenant: row for row, tenant in enumerate(dict.fromkeys(tenants.values()))}
-        return StopRule(
-            chances=np.array([tenant.acceptance.of_levels() for tenant in rows], np.float32),
-            tenants={one: rows[tenant] for one, tenant in tenants.items()},
-            acceptance={one: self._of_places(one, length) for one, length in zip(sequences, lengths, strict=True)},
-            verify_costs=verify_costs,
-            draft_cost=rate * self._costs.next_draft(count),
-        )
+        numbers: dict[Tenant, int] = {}
+        for one, length in zip(sequences, lengths, strict=True):
+            one.tenant_number = numbers.setdefault(self._tenant(one), len(numbers))
+            one.acceptance = self._of_places(one, length)
+        chances = np.array([tenant.acceptance.of_levels() for tenant in numbers], np.float32)
+        return StopRule(chances, verify_costs, draft_cost=rate * self._costs.next_draft(count))
 
     def worth_verifying(self, sequences: Sequence[Draftable], chains: Sequence[Chain]) -> list[int]:
-        """How many of each chain's tokens to verify; those without confidence are left as they are."""
         rows = list(zip(sequences, chains, strict=True))
-        drafted = [len(chain.token_ids) for chain in chains if not chain.copied]
-        unread = sum(one.num_unread for one, chain in rows if not chain.copied)
+        drafted = [len(chain.token_ids) for one, chain in rows if not one.is_copied]
+        unread = sum(one.num_unread for one in sequences if not one.is_copied)
         self._expected_seconds = self._draft_seconds(drafted) + unread * self._costs.read
         chances = []
         for one, chain in rows:
             if chain.confidence:
                 of_drafts = self._tenant(one).acceptance.of_drafts
-                chances.append(all_before(of_drafts(chain.confidence, greedy=chain.greedy, copied=chain.copied)))
+                chances.append(all_before(of_drafts(chain.confidence, greedy=one.greedy, copied=one.is_copied)))
         chances += [[]] * (len(self._plan.lengths) - len(chances))
         lengths = iter(best_verified(self._costs.verify, chances, self._expected_seconds))
         return [next(lengths) if chain.confidence else len(chain.token_ids) for chain in chains]
 
-    def record_drafts(self, sequence: Draftable, chain: Chain, outcomes: Sequence[bool], repeat: Repeat | None) -> None:
-        """What became of a chain, place by place up to the first that the target did not choose."""
-        if not chain.copied:
+    def record_drafts(self, sequence: Draftable, chain: Chain, outcomes: Sequence[bool]) -> None:
+        if not sequence.is_copied:
             self._idle_batch = None
-            acceptance, ratio = self._tenant(sequence).acceptance, sequence.ratio
-            acceptance.record_drafts(ratio, outcomes, chain.confidence, chain.greedy, _level(repeat))
+            acceptance = self._tenant(sequence).acceptance
+            acceptance.record_drafts(sequence.ratio, outcomes, chain.confidence, sequence.greedy, sequence.repeat)
 
-    def record_copy(self, sequence: Draftable, repeat: Repeat, outcomes: Sequence[bool]) -> None:
-        """What became, or would have become, of a copy."""
-        self._tenant(sequence).acceptance.record_copy(outcomes, repeat.levels, repeat.greedy)
+    def record_copy(self, sequence: Draftable, outcomes: Sequence[bool]) -> None:
+        self._tenant(sequence).acceptance.record_copy(outcomes, sequence.repeat, sequence.greedy)
 
     def record_seconds(self, seconds: float) -> None:
-        """What the step's drafts took, and what vocabularies learned of them."""
         self._costs.correct(self._expected_seconds, seconds)
 
     def record_step(self, num_tokens: int, seconds: float) -> None:
-        """What a step without prompts took that verified so many tokens, its drafts left out.
-
-        Of a crowd's step what it takes more grows with its tokens, and is not to be told from what they cost.
-        """
+        # Of a crowd's step what it takes more grows with its tokens, and is not to be told from what they cost.
         if len(self._step) < _CROWD:
             self._costs.correct_rest(num_tokens, seconds)
 
@@ -183,11 +172,11 @@ class AdaptiveLength(LengthPolicy):
         num_tokens = len(self._plan.lengths) + sum(one.planned for one in self._step)
         num_drafting = sum(one.planned > 0 for one in self._step)
         for row, one in enumerate(self._step):
-            if (repeat := one.repeat) is None:
+            if not one.repeat:
                 continue
             others = num_tokens - one.planned
             acceptance = self._tenant(one).acceptance
-            chances = all_before(acceptance.of_drafts(repeat.levels, greedy=repeat.greedy, copied=True))
+            chances = all_before(acceptance.of_drafts(one.repeat, greedy=one.greedy, copied=True))
             gains = list(accumulate(chances, initial=0.0))
             rate, least = self._plan.rate, self._costs.verify(others)
             worths = [gain - rate * (self._costs.verify(others + number) - least) for number, gain in enumerate(gains)]
@@ -222,7 +211,3 @@ class AdaptiveLength(LengthPolicy):
             for rows in probed:
                 chosen = max(rows, key=limits.__getitem__)
                 lengths[chosen] = min(limits[chosen], _PROBE_TOKENS)
-
-
-def _level(repeat: Repeat | None) -> int | None:
-    return None if repeat is None else repeat.levels[0]

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import structlog
 import torch
 
+from engine.config import EngineConfig
 from engine.draft_state import DraftSource
 from engine.draft_vocab.vocab import DraftVocab, most_likely
 from engine.messages import SamplingParams
@@ -43,47 +44,43 @@ _MAX_SECONDS = 3.0
 
 
 class CostMeter:
-    """Runs made-up sequences through target and draft. Call before any request: it writes to all KV blocks' slots.
+    """Runs made-up sequences, whose tails are full, through target and draft.
 
-    Args:
-        runner: the target.
-        proposer: the draft.
-        block_size: tokens per block.
-        max_tokens: most tokens in a step.
-        max_model_len: longest sequence in tokens.
-        vocab: the sequences' draft vocabularies, whose tails are full here; None where all draft from the same.
+    Call before any request: it writes to all KV blocks' slots.
     """
 
     def __init__(
         self,
         runner: ModelRunner,
         proposer: Proposer,
-        block_size: int,
-        max_tokens: int,
+        config: EngineConfig,
         max_model_len: int,
-        vocab: DraftVocab | None = None,
+        vocab: DraftVocab | None,
     ) -> None:
         self._runner, self._proposer, self._vocab = runner, proposer, vocab
+        block_size, self._max_tokens = config.cache.block_size, config.scheduler.max_batched_tokens
         longest = _PROMPT_TOKENS + 1 + 2 * 2 + _MANY_DRAFTS
         self._blocks_each = -(-longest // block_size)
         self._max_batch = runner.num_blocks // self._blocks_each
-        self._max_tokens = max_tokens
         room = min(max_model_len, runner.num_blocks * block_size) - _VERIFIED_EACH
         self._context = max(min(_CONTEXT_TOKENS, room), 0)
         self._blocks_verified = -(-(self._context + _VERIFIED_EACH) // block_size)
 
     def measure(self) -> StepCosts:
         """The fastest of some runs at each size; logged, for they say whether drafts can pay on this machine."""
-        drafts = _fastest(_BATCH_SIZES, self._max_drafting(), self._draft_seconds)
+        most = min(self._max_tokens // _PROMPT_TOKENS, self._max_batch)
+        drafts = _fastest(_BATCH_SIZES, most, self._draft_seconds)
         self._warm_up()
-        verified = _fastest(_VERIFY_SIZES, self._max_verified(), self._verify_seconds)
+        most = min(self._max_tokens, _VERIFIED_EACH * self._max_batch)
+        verified = _fastest(_VERIFY_SIZES, most, self._verify_seconds)
         costs = StepCosts(
             verify=Curve(without_spikes([(size, seconds) for size, (seconds,) in verified], _MANY_TOKENS)),
             first_draft=Curve([(size, one) for size, (one, _) in drafts]),
             next_draft=Curve([(size, max(many - one, 0.0) / (_MANY_DRAFTS - 1)) for size, (one, many) in drafts]),
             read=self._read_seconds(drafts[0][1][0]),
         )
-        by_size = costs.milliseconds(_LOGGED_SIZES)
+        curves = {name: curve for name, curve in vars(costs).items() if isinstance(curve, Curve)}
+        by_size = {name: {size: round(1e3 * of(size), 3) for size in _LOGGED_SIZES} for name, of in curves.items()}
         log.info("step costs in ms by tokens or sequences", **by_size, read=round(1e3 * costs.read, 3))
         return costs
 
@@ -92,12 +89,6 @@ class CostMeter:
         started = time.perf_counter()
         while time.perf_counter() - started < _WARM_UP_SECONDS:
             self._verify_seconds(1)
-
-    def _max_verified(self) -> int:
-        return min(self._max_tokens, _VERIFIED_EACH * self._max_batch)
-
-    def _max_drafting(self) -> int:
-        return min(self._max_tokens // _PROMPT_TOKENS, self._max_batch)
 
     def _verify_seconds(self, num_tokens: int) -> tuple[float]:
         """Sequences of up to four tokens: the target's pass, the most likely token of each row, and what a draft that

@@ -74,11 +74,6 @@ class StepCosts:
     read: float = 0.0
     """Of a token that a sequence has before its first draft: the draft computes it, and its vocabulary learns it."""
 
-    def milliseconds(self, sizes: Sequence[int]) -> dict[str, dict[int, float]]:
-        """All three at some sizes, to be read."""
-        curves = {"verify": self.verify, "first_draft": self.first_draft, "next_draft": self.next_draft}
-        return {name: {size: round(1e3 * curve(size), 3) for size in sizes} for name, curve in curves.items()}
-
 
 class ServedCosts:
     """Costs as measured at start, but drafts and the rest of a step are dearer where they have been while serving.

@@ -71,10 +71,7 @@ def worth_reading(costs: Costs, num_sequences: int, chances: Sequence[float], nu
 def best_verified(verify: Seconds, chances: Sequence[Sequence[float]], draft_seconds: float) -> list[int]:
     """How many drafts of each sequence to verify for the most tokens a second, drafting having taken its time.
 
-    Args:
-        verify: seconds by tokens.
-        chances: as for ``best_plan``.
-        draft_seconds: what drafting took.
+    ``verify``: seconds by tokens. ``chances``: as for ``best_plan``.
     """
     ranked, without = _ranked(chances), len(chances) / (verify(len(chances)) + draft_seconds)
     count, _ = _best_count(verify, len(chances), ranked, repeat(draft_seconds), without)

@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import msgspec
-import numpy as np
-from numpy.typing import NDArray
 
 from engine.speculation.length.ratio import Ratio
 
 if TYPE_CHECKING:
     from engine.speculation.length.acceptance import Tenant
-
-
-class Repeat(msgspec.Struct, frozen=True):
-    """A sequence whose end came before: how sure each token is that may be copied from there, a level each."""
-
-    levels: Sequence[int]
-    greedy: bool
-    """Whether the sequence's tokens are the most likely ones."""
+    from kernels.native_chain import StopRule
 
 
 class Copy(msgspec.Struct, frozen=True):
     """Tokens that may come next because the sequence's end came before. The more agreed there, the surer they are."""
 
     token_ids: list[int]
-    repeat: Repeat
+    levels: Sequence[int]
+    """How sure each of them is."""
 
 
 @dataclass(eq=False, slots=True)
@@ -40,8 +32,10 @@ class Draftable:
     """Most tokens that may be drafted in this step, if none is copied."""
     num_unread: int = 0
     """How many of its tokens its draft has to read before it can draft."""
-    repeat: Repeat | None = None
-    """What may be copied in this step."""
+    greedy: bool = True
+    """Whether its tokens are the most likely ones."""
+    repeat: Sequence[int] = ()
+    """How sure each token is that may be copied in this step, a level each; none where its end does not repeat."""
     is_copied: bool = False
     """By the policy: whether it is copied."""
     planned: int = 0
@@ -50,6 +44,10 @@ class Draftable:
     """By the policy: how its drafts have fared."""
     of_tenant: Tenant | None = None
     """By the policy: how its tenant's have."""
+    tenant_number: int = 0
+    """By the policy: which of the step's tenants that is, for ``StopRule``."""
+    acceptance: Sequence[float] = ()
+    """By the policy, with a ``StopRule``: by place, how likely a draft is right, given that those before it are."""
 
 
 class Chain(msgspec.Struct, frozen=True):
@@ -58,9 +56,6 @@ class Chain(msgspec.Struct, frozen=True):
     token_ids: Sequence[int]
     confidence: Sequence[int]
     """Of each token, a level; empty where it is not known."""
-    greedy: bool
-    """Whether the sequence's tokens are the most likely ones."""
-    copied: bool = False
 
 
 class LengthPolicy:
@@ -86,34 +81,14 @@ class LengthPolicy:
         """How many tokens of each chain to verify; those without confidence are left as they are."""
         return [len(chain.token_ids) for chain in chains]
 
-    def record_drafts(self, sequence: Draftable, chain: Chain, outcomes: Sequence[bool], repeat: Repeat | None) -> None:
+    def record_drafts(self, sequence: Draftable, chain: Chain, outcomes: Sequence[bool]) -> None:
         """What became of a chain, place by place up to the first that the target did not choose."""
 
-    def record_copy(self, sequence: Draftable, repeat: Repeat, outcomes: Sequence[bool]) -> None:
-        """What became, or would have become, of a copy."""
+    def record_copy(self, sequence: Draftable, outcomes: Sequence[bool]) -> None:
+        """What became, or would have become, of what could be copied in this step."""
 
     def record_seconds(self, seconds: float) -> None:
         """What a step's drafts took, and what vocabularies learned of them; of the chains last cut."""
 
     def record_step(self, num_tokens: int, seconds: float) -> None:
         """What a step without prompts took that verified so many tokens, its drafts left out."""
-
-
-@dataclass(frozen=True)
-class StopRule:
-    """All chains end where another token of each promises less than it costs.
-
-    A sequence's next draft promises the chance that it and all before it are accepted. Costs are seconds times the rate
-    of tokens that the step promises: what could be had for them otherwise.
-    """
-
-    chances: NDArray[np.float32]
-    """[T, 2, CONFIDENCE_LEVELS]: chance of a tenant's greedy and sampled token, by the draft's confidence."""
-    tenants: Mapping[Draftable, int]
-    """The number of each sequence's tenant among the T."""
-    acceptance: Mapping[Draftable, Sequence[float]]
-    """Of each sequence by place, before it is drafted, given that those before it are accepted."""
-    verify_costs: Sequence[float]
-    """By place: of verifying one more token."""
-    draft_cost: float
-    """Of the batch's next draft tokens."""

@@ -12,27 +12,26 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-import urllib.request
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import Annotated
+from typing import Annotated, Any
 
+import httpx
 import psutil
 import typer
 import uvloop
-from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common.process import LOGS, free_port, running, tree
+from benchmarks.common.process import Launch, memory, metrics, running
 from benchmarks.prompts.build import read_eval
 from benchmarks.serve.peers import EvoSpec
-from benchmarks.soak.load import SEED, MixedLoad
 from server.bench.load import LoadOptions, new_progress, request_body, run_load
 from server.bench.stream import StreamResult, stream
 
+SEED = 7
 SETTLE_SECONDS = 20.0
 SAMPLE_SECONDS = 2.0
 MIXED_CONCURRENCY = 16
@@ -59,25 +58,85 @@ class Trial:
         return table
 
 
-@contextmanager
-def server(model: str, name: str, *options: str) -> Iterator[tuple[str, psutil.Process]]:
-    """An EvoSpec server of its own; yields its URL and main process."""
-    port = free_port()
-    launch = EvoSpec().launch(model, 1, port)
-    launch = replace(launch, command=[*launch.command, *options])
-    with running(launch, port, LOGS / f"soak-{name}.log") as process:
-        yield f"http://127.0.0.1:{port}", process
+def server(model: str, name: str, *options: str) -> AbstractContextManager[tuple[str, psutil.Process]]:
+    """An EvoSpec server of its own: its URL and main process."""
+
+    def launch(port: int) -> Launch:
+        return Launch([*EvoSpec().launch(model, 1, port).command, *options])
+
+    return running(launch, f"soak-{name}")
 
 
 def metric(url: str, name: str) -> float:
     """The value of one metric without labels. Raises KeyError when the server does not have it."""
-    with urllib.request.urlopen(f"{url}/metrics", timeout=10) as answer:
-        text = answer.read().decode()
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            if sample.name == name and not sample.labels:
-                return float(sample.value)
-    raise KeyError(name)
+    return {sample.name: sample.value for sample in metrics(url) if not sample.labels}[name]
+
+
+class MixedLoad:
+    """Requests of all kinds, chosen at random with a fixed seed; counts how each kind ended."""
+
+    def __init__(self, url: str, model: str) -> None:
+        self._options = LoadOptions(url=url, model=model, concurrency=1, num_requests=1, max_tokens=1)
+        self._chance = random.Random(SEED)
+        self._prompts = read_eval()
+        self._http = httpx.AsyncClient(base_url=url, timeout=120)
+        self._kinds = {
+            self.chat: 45,
+            self.completion: 20,
+            self.drop: 15,
+            self.several: 10,
+            self.invalid: 5,
+            self.tokenise: 5,
+        }
+        self.done: Counter[str] = Counter()
+        self.failures: Counter[str] = Counter()
+
+    async def one(self) -> None:
+        (kind,) = self._chance.choices(list(self._kinds), list(self._kinds.values()))
+        problem = await kind()
+        self.done[kind.__name__] += 1
+        if problem:
+            self.failures[f"{kind.__name__}: {problem}"] += 1
+
+    def _request(self, chat: bool = True) -> tuple[str, dict[str, Any]]:
+        options = replace(
+            self._options,
+            max_tokens=self._chance.randint(1, 96),
+            temperature=self._chance.choice([0.0, 0.7, 1.0]),
+            ignore_eos=self._chance.random() < 0.3,
+            chat=chat,
+        )
+        return request_body(options, self._chance.choice(self._prompts).messages)
+
+    async def chat(self) -> str | None:
+        return (await stream(*self._request())).error
+
+    async def completion(self) -> str | None:
+        return (await stream(*self._request(chat=False))).error
+
+    async def drop(self) -> str | None:
+        result = await stream(*self._request(), drop_after=self._chance.uniform(0.01, 1.0))
+        return None if result.error == "dropped by the client" else result.error
+
+    async def several(self) -> str | None:
+        """Two choices, log-probabilities, a stop string, not streamed."""
+        url, body = self._request()
+        del body["stream"], body["stream_options"]
+        answer = await self._http.post(url, json=body | {"n": 2, "logprobs": True, "top_logprobs": 3, "stop": ["\n\n"]})
+        return None if answer.status_code == 200 and len(answer.json()["choices"]) == 2 else answer.text[:200]
+
+    async def invalid(self) -> str | None:
+        url, body = self._request()
+        wrong: dict[str, Any] = self._chance.choice(
+            [{"temperature": -1}, {"max_tokens": "many"}, {"messages": []}, {"top_p": 7}]
+        )
+        answer = await self._http.post(url, json=body | wrong)
+        return None if answer.status_code == 400 else f"HTTP {answer.status_code} for {wrong}"
+
+    async def tokenise(self) -> str | None:
+        prompt = self._chance.choice(self._prompts).messages[0]["content"]
+        answer = await self._http.post("/tokenize", json={"model": self._options.model, "prompt": prompt})
+        return None if answer.status_code == 200 else answer.text[:200]
 
 
 def peak_overlap(results: Sequence[StreamResult]) -> int:
@@ -96,7 +155,6 @@ def peak_overlap(results: Sequence[StreamResult]) -> int:
 
 
 def streams(model: str, count: int) -> Trial:
-    """``count`` streams at once."""
     trial = Trial(f"{count} concurrent streams")
     with server(model, "streams") as (url, _):
         options = LoadOptions(
@@ -165,25 +223,6 @@ def disconnects(model: str, count: int) -> Trial:
     return trial
 
 
-def role(process: psutil.Process) -> str:
-    """What a process of the server is for, from its command line."""
-    command = " ".join(process.cmdline())
-    if "engine.process" in command:
-        return "engine"
-    return "valkey" if "valkey" in command else "server"
-
-
-def resident_by_role(process: psutil.Process) -> dict[str, int]:
-    """Resident bytes of the server's processes, summed by role."""
-    sizes: Counter[str] = Counter()
-    for member in tree(process):
-        try:
-            sizes[role(member)] += member.memory_info().rss
-        except psutil.NoSuchProcess:
-            continue
-    return dict(sizes)
-
-
 async def _mixed(load: MixedLoad, process: psutil.Process, requests: int, seconds: float) -> list[dict[str, int]]:
     """Sends the requests; returns samples of resident bytes by role, one each ``SAMPLE_SECONDS``."""
     deadline = time.monotonic() + seconds
@@ -199,7 +238,7 @@ async def _mixed(load: MixedLoad, process: psutil.Process, requests: int, second
 
     async def sampler() -> None:
         while True:
-            samples.append(resident_by_role(process))
+            samples.append(memory(process, "rss"))
             await asyncio.sleep(SAMPLE_SECONDS)
 
     with new_progress(Console()) as progress:
