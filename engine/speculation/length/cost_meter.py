@@ -39,8 +39,9 @@ _MANY_TOKENS = 8
 """From so many on a step is bound by arithmetic, where it is not flat."""
 _LOGGED_SIZES = (1, 2, 3, 4, 5, 8, 12, 16, 24, 32, 48, 64)
 _WARM_UP_SECONDS = 0.5
-_MAX_SECONDS = 3.0
-"""For each of the two tables. Sizes for which the first round has no time lie on the line through the last two."""
+_MAX_SECONDS, _FIRST_SECONDS = 6.0, 0.5
+"""For both tables, and for the first round of one. Sizes for which that has no time lie on the line through the last
+two."""
 
 
 class CostMeter:
@@ -68,11 +69,12 @@ class CostMeter:
 
     def measure(self) -> StepCosts:
         """The fastest of some runs at each size; logged, for they say whether drafts can pay on this machine."""
-        most = min(self._max_tokens // _PROMPT_TOKENS, self._max_batch)
-        drafts = _fastest(_BATCH_SIZES, most, self._draft_seconds)
+        most_sequences = min(self._max_tokens // _PROMPT_TOKENS, self._max_batch)
+        most_verified = min(self._max_tokens, _VERIFIED_EACH * self._max_batch)
+        batch_sizes = [size for size in _BATCH_SIZES if size <= most_sequences]
+        verify_sizes = [size for size in _VERIFY_SIZES if size <= most_verified]
         self._warm_up()
-        most = min(self._max_tokens, _VERIFIED_EACH * self._max_batch)
-        verified = _fastest(_VERIFY_SIZES, most, self._verify_seconds)
+        drafts, verified = _fastest((batch_sizes, self._draft_seconds), (verify_sizes, self._verify_seconds))
         costs = StepCosts(
             verify=Curve(without_spikes([(size, seconds) for size, (seconds,) in verified], _MANY_TOKENS)),
             first_draft=Curve([(size, one) for size, (one, _) in drafts]),
@@ -193,27 +195,34 @@ class CostMeter:
 
 
 def _fastest(
-    sizes: Sequence[int], largest: int, measure: Callable[[int], tuple[float, ...]]
-) -> list[tuple[int, tuple[float, ...]]]:
-    """The least of several runs at each size, of as many sizes as there is time for.
+    *tables: tuple[Sequence[int], Callable[[int], tuple[float, ...]]],
+) -> list[list[tuple[int, tuple[float, ...]]]]:
+    """For each table of sizes the least of several runs at each size, of as many sizes as there is time for.
 
-    All sizes are measured in turn, again and again: whatever else has the processor for a moment spoils a run of a few
-    sizes then, and not all runs of one.
+    All sizes of all tables are measured in turn, again and again: a moment in which something else has the processor
+    spoils one run of many sizes then, not all runs of one size, nor of one table, which are compared with each other.
     """
-    wanted = [size for size in sizes if size <= largest]
-    measure(wanted[0])  # a GPU's kernels are compiled
-    least = dict[int, tuple[float, ...]]()
     started = time.perf_counter()
-    for size in wanted:
-        if least and time.perf_counter() - started >= _MAX_SECONDS / _ROUNDS:
-            break
-        least[size] = measure(size)
+    least = [_first_round(sizes, measure) for sizes, measure in tables]
     for _ in range(1, _ROUNDS):
         if time.perf_counter() - started >= _MAX_SECONDS:
             break
-        for size, before in least.items():
-            least[size] = tuple(map(min, before, measure(size)))
-    return list(least.items())
+        for (_, measure), of_size in zip(tables, least, strict=True):
+            for size, before in of_size.items():
+                of_size[size] = tuple(map(min, before, measure(size)))
+    return [list(of_size.items()) for of_size in least]
+
+
+def _first_round(sizes: Sequence[int], measure: Callable[[int], tuple[float, ...]]) -> dict[int, tuple[float, ...]]:
+    """Of as many sizes as there is time for, and of two at least: through these goes the line to the others."""
+    measure(sizes[0])  # a GPU's kernels are compiled
+    started = time.perf_counter()
+    of_size: dict[int, tuple[float, ...]] = {}
+    for size in sizes:
+        if len(of_size) > 1 and time.perf_counter() - started >= _FIRST_SECONDS:
+            break
+        of_size[size] = measure(size)
+    return of_size
 
 
 def _seconds(run: Callable[[], object]) -> float:
