@@ -64,6 +64,7 @@ void Decoder::reserve(const Batch& batch, const LoraRows* lora) {
   grow(attended_, rows * heads);
   grow(qkv_, rows * qkv);
   grow(gated_, rows * shape_.intermediate);
+  grow(room_, rows * std::max({2 * shape_.hidden, static_cast<int>(heads), shape_.intermediate}) / 16);
   grow(attention_parts_, attention_parts(team_, batch, shape_.head_dim));
   if (lora != nullptr) grow(lora_sums_, static_cast<size_t>(tokens) * lora->rank);
   for (const Layer& layer : layers_) {
@@ -137,10 +138,10 @@ void Decoder::add_product(const Matrix& weight, const bf16* x, int tokens, int n
                           const Matrix* next, float* residual) {
   const int hidden = shape_.hidden;
   if (norm == nullptr) {
-    linear(team_, {&weight, x, tokens, Epilogue::kAdd, residual, hidden, num_direct, next});
+    linear(team_, {&weight, x, tokens, Epilogue::kAdd, residual, hidden, num_direct, next, room_.data()});
     return team_.barrier();
   }
-  linear(team_, {&weight, x, tokens, Epilogue::kStore, added_.data(), hidden, num_direct, next});
+  linear(team_, {&weight, x, tokens, Epilogue::kStore, added_.data(), hidden, num_direct, next, room_.data()});
   team_.barrier();
   team_.work(tokens, [&](int token) {
     const float* added = added_.data() + static_cast<size_t>(token) * hidden;
@@ -182,7 +183,7 @@ void Decoder::attend(const Batch& batch, const KvCache& kv, const Layer& layer, 
   float* out = qkv_.data();
   for (const Matrix& part : std::span(layer.qkv, layer.num_qkv)) {
     const Matrix* const next = &part == &layer.qkv[layer.num_qkv - 1] ? &layer.output : &part + 1;
-    linear(team_, {&part, normed_.data(), tokens, Epilogue::kStore, out, columns, num_direct, next});
+    linear(team_, {&part, normed_.data(), tokens, Epilogue::kStore, out, columns, num_direct, next, room_.data()});
     team_.barrier();
     out += part.n;
   }
@@ -218,7 +219,7 @@ void Decoder::run_layer(const Batch& batch, const KvCache& kv, const Layer& laye
     return mixture_.add(team_, layer.experts, shape_.gate, normed_.data(), tokens, hidden, intermediate, residual);
   }
   linear(team_, {&layer.gate_up, normed_.data(), tokens, shape_.gate, gated_.data(), shape_.intermediate, num_direct,
-                 &layer.down});
+                 &layer.down, room_.data()});
   team_.barrier();
   add_product(layer.down, gated_.data(), tokens, num_direct, layer.output_norm, next, residual);
   if (lora != nullptr) add_lora(team_, *lora, lora->down, gated_.data(), tokens, lora_sums_.data(), hidden, residual);

@@ -109,6 +109,7 @@ class Decoder {
   // Activations of a step; rows are padded to whole AMX tiles.
   std::vector<bf16> normed_, q_, attended_, gated_;
   std::vector<float> qkv_, added_, lora_sums_, attention_parts_;
+  std::vector<CacheLine> room_;  // of products
   Mixture mixture_;
 };
 

@@ -21,16 +21,21 @@
 
 namespace evospec {
 
-// Rows of activations as the integers of a product. Every thread makes its own: that takes little, and shared ones
-// would need another barrier.
+// Rows of activations as the integers of a product.
 template <int kDigits>
 class DirectRows {
  public:
-  // x: bf16 [rows][k]
-  void assign(const bf16* x, int rows, int k) {
+  // Rows of k values, which `set` gives. They lie in `room`, two cache lines for each 32 values; null: in memory of their own.
+  void begin(int rows, int k, void* room) {
     blocks_ = k / kBlock;
-    if (data_.size() < static_cast<size_t>(rows) * blocks_) data_.resize(static_cast<size_t>(rows) * blocks_);
-    for (size_t i = 0; i < static_cast<size_t>(rows) * blocks_; ++i) {
+    const size_t size = static_cast<size_t>(rows) * blocks_;
+    if (room == nullptr && own_.size() < size) own_.resize(size);
+    data_ = room == nullptr ? own_.data() : static_cast<Block*>(room);
+  }
+
+  // Rows first .. last - 1 of x: bf16 [rows][k].
+  void set(const bf16* x, int first, int last) {
+    for (size_t i = static_cast<size_t>(first) * blocks_; i < static_cast<size_t>(last) * blocks_; ++i) {
       Block& out = data_[i];
       const Floats x0 = load_bf16(x + i * kBlock), x1 = load_bf16(x + i * kBlock + 16);
       const float most = largest(maximum(absolute(x0), absolute(x1)));
@@ -54,13 +59,13 @@ class DirectRows {
     static constexpr auto kByRows = []<int... M>(std::integer_sequence<int, M...>) {
       return std::array<Multiply, sizeof...(M)>{&DirectRows::multiply_rows<M + 1>...};
     }(std::make_integer_sequence<int, kMost>());
-    (this->*kByRows[count - 1])(weight, pair, data_.data() + static_cast<size_t>(first) * blocks_, ahead, y);
+    (this->*kByRows[count - 1])(weight, pair, data_ + static_cast<size_t>(first) * blocks_, ahead, y);
   }
 
  private:
   static constexpr float kSmallest = 1e-30f;  // a block below it counts as zeros: its inverse could overflow
 
-  struct Block {  // 32 k of one row
+  struct alignas(64) Block {  // 32 k of one row
     Digits<kDigits> digits;
     float scale;
     float sum;            // of the values
@@ -90,7 +95,11 @@ class DirectRows {
   void multiply_format(const uint8_t* blocks, const Block* rows, const ReadAhead& ahead, float* y) const {
     constexpr int kParts = kFormat == kQ6 ? 2 : 1;  // of a block, with scales of their own
     Floats acc[kGroupsAtOnce][M];
-    for (auto& group : acc) std::fill(group, group + M, all(0.0f));
+#pragma GCC unroll 2
+    for (int g = 0; g < kGroupsAtOnce; ++g) {
+#pragma GCC unroll 6
+      for (int m = 0; m < M; ++m) acc[g][m] = all(0.0f);
+    }
     for (int b = 0; b < blocks_; ++b, blocks += 2 * block_bytes(kFormat)) {
       ahead.prefetch_behind(blocks, 2 * block_bytes(kFormat));
       auto row = [&](int m) -> const Block& { return rows[static_cast<size_t>(m) * blocks_ + b]; };
@@ -112,6 +121,7 @@ class DirectRows {
 #pragma GCC unroll 6
         for (int m = 0; m < M; ++m) {
           const Floats scale = all(row(m).scale);
+#pragma GCC unroll 2
           for (int g = 0; g < kGroupsAtOnce; ++g) {
             acc[g][m] = multiply_add(to_floats(sums[g][m]), s[g] * scale, acc[g][m]);
           }
@@ -125,17 +135,21 @@ class DirectRows {
 #pragma GCC unroll 6
         for (int m = 0; m < M; ++m) {
           const Floats sum = all(row(m).sum);
+#pragma GCC unroll 2
           for (int g = 0; g < kGroupsAtOnce; ++g) acc[g][m] = multiply_add(minima[g], sum, acc[g][m]);
         }
       }
     }
+#pragma GCC unroll 2
     for (int g = 0; g < kGroupsAtOnce; ++g) {
+#pragma GCC unroll 6
       for (int m = 0; m < M; ++m) store(y + m * kPairColumns + g * kGroup, acc[g][m]);
     }
   }
 
   int blocks_ = 0;
-  std::vector<Block> data_;  // [rows][blocks]
+  Block* data_ = nullptr;  // [rows][blocks]
+  std::vector<Block> own_;
 };
 
 }  // namespace evospec

@@ -42,32 +42,37 @@ Floats gated(Epilogue epilogue, Floats gate, Floats up) {
   return epilogue == Epilogue::kGeluMul ? gelu(gate) * up : swiglu_oai(gate, up);
 }
 
-void finish_row(const Linear& op, int row, int column, const float* y) {
-  Floats y0 = load(y), y1 = load(y + kGroup);
-  if (op.weight->bias != nullptr) {
-    y0 = y0 + load(op.weight->bias + column);
-    y1 = y1 + load(op.weight->bias + column + kGroup);
-  }
+// y [count][32]: what rows `row` .. of the product have in the 32 columns of a pair of groups.
+void finish_rows(const Linear& op, int row, int count, int pair, const float* y) {
+  const int column = pair * kPairColumns;
+  const float* bias = op.weight->bias;
+  const Floats bias0 = bias == nullptr ? all(0.0f) : load(bias + column);
+  const Floats bias1 = bias == nullptr ? all(0.0f) : load(bias + column + kGroup);
   if (is_gated(op.epilogue)) {
     bf16* out = static_cast<bf16*>(op.out) + static_cast<size_t>(row) * op.stride + column / 2;
-    store_bf16(out, gated(op.epilogue, y0, y1));
+    for (int m = 0; m < count; ++m, y += kPairColumns, out += op.stride) {
+      store_bf16(out, gated(op.epilogue, load(y) + bias0, load(y + kGroup) + bias1));
+    }
     return;
   }
-  float* out = static_cast<float*>(op.out) + static_cast<size_t>(row) * op.stride + column;
   const Mask lanes0 = lanes_from(column, op.weight->n), lanes1 = lanes_from(column + kGroup, op.weight->n);
-  if (op.epilogue == Epilogue::kAdd) {
-    y0 = y0 + load_lanes(lanes0, out);
-    y1 = y1 + load_lanes(lanes1, out + kGroup);
+  float* out = static_cast<float*>(op.out) + static_cast<size_t>(row) * op.stride + column;
+  for (int m = 0; m < count; ++m, y += kPairColumns, out += op.stride) {
+    Floats y0 = load(y) + bias0, y1 = load(y + kGroup) + bias1;
+    if (op.epilogue == Epilogue::kAdd) {
+      y0 = y0 + load_lanes(lanes0, out);
+      y1 = y1 + load_lanes(lanes1, out + kGroup);
+    }
+    store_lanes(out, lanes0, y0);
+    store_lanes(out + kGroup, lanes1, y1);
   }
-  store_lanes(out, lanes0, y0);
-  store_lanes(out + kGroup, lanes1, y1);
 }
 
 // ---- any number of rows ----
 
-void finish_rows(const Linear& op, const TileProduct& product, int row, int pair) {
+void finish_tiles(const Linear& op, const TileProduct& product, int row, int pair) {
   product.complete();
-  for (int i = 0; i < product.rows; ++i) finish_row(op, row + i, pair * kPairColumns, product.y + i * kPairColumns);
+  finish_rows(op, row, product.rows, pair, product.y);
 }
 
 // One pair of groups times up to 32 rows. A few blocks are expanded, then multiplied: the processor runs the one
@@ -88,7 +93,7 @@ void tile_pair(const Linear& op, int pair, const ReadAhead& ahead) {
       product.add(op.x + b * kBlock, tiles, count);
     }
   }
-  finish_rows(op, product, 0, pair);
+  finish_tiles(op, product, 0, pair);
 }
 
 // The tiles of the pairs begin .. end - 1; those of kBf16 lie in memory as they are.
@@ -118,7 +123,7 @@ void tile_pairs(const Linear& op, int begin, int end, const ReadAhead& ahead) {
     for (int pair = begin; pair < end; ++pair, blocks += static_cast<size_t>(weight.k) * kPairColumns) {
       product.begin();
       product.add(op.x + static_cast<size_t>(row) * weight.k, blocks, weight.num_blocks());
-      finish_rows(op, product, row, pair);
+      finish_tiles(op, product, row, pair);
     }
   }
 }
@@ -134,6 +139,7 @@ int pairs_at_once(const Linear& op, bool direct) {
 // ---- codes as they are ----
 
 constexpr int kRowsAtOnce = 48;  // their integers stay in the caches while some pairs are multiplied with them
+constexpr int kRowsSetAtOnce = 16;
 
 bool has_one_digit(const Matrix& weight) { return weight.digits == 1 && takes_one_digit(weight.format); }
 
@@ -147,7 +153,7 @@ void direct_pair(const Linear& op, const Rows& rows, int pair, int begin, int en
   float* y = scratch().y;
   in_equal_parts(end - begin, Rows::kMost, [&](int first, int count) {
     rows.multiply(*op.weight, pair, begin + first, count, ahead, y);
-    for (int m = 0; m < count; ++m) finish_row(op, begin + first + m, pair * kPairColumns, y + m * kPairColumns);
+    finish_rows(op, begin + first, count, pair, y);
   });
 }
 
@@ -158,6 +164,16 @@ void direct_pairs(const Linear& op, const Rows& rows, int begin, int end, const 
       direct_pair(op, rows, pair, row, std::min(row + kRowsAtOnce, op.rows), ahead);
     }
   }
+}
+
+// The integers of all rows. A few rows take less time than waiting for each other.
+template <typename Rows>
+void set_rows(Team& team, const Linear& op, Rows& rows) {
+  const bool together = op.room != nullptr && op.rows > kRowsAtOnce && team.size() > 1;
+  rows.begin(op.rows, op.weight->k, together ? op.room : nullptr);
+  if (!together) return rows.set(op.x, 0, op.rows);
+  team.work_ranges(op.rows, kRowsSetAtOnce, [&](int first, int last, int) { rows.set(op.x, first, last); });
+  team.barrier();
 }
 
 }  // namespace
@@ -181,8 +197,8 @@ void linear(Team& team, const Linear& op) {
   const int num_direct = num_direct_rows(op);
   const Linear direct = op.first(num_direct), rest = op.behind(num_direct);
   const bool one_digit = has_one_digit(*op.weight);
-  if (num_direct > 0 && one_digit) scratch().direct_one_digit.assign(op.x, num_direct, op.weight->k);
-  if (num_direct > 0 && !one_digit) scratch().direct.assign(op.x, num_direct, op.weight->k);
+  if (num_direct > 0 && one_digit) set_rows(team, direct, scratch().direct_one_digit);
+  if (num_direct > 0 && !one_digit) set_rows(team, direct, scratch().direct);
   if (rest.rows > 0) configure_tiles(rest.rows);
   const bool many = num_direct > kRowsAtOnce || rest.rows > kMaxTileRows;
   const int pairs = op.weight->num_pairs();

@@ -16,6 +16,10 @@ enum class Epilogue {
 
 constexpr bool is_gated(Epilogue epilogue) { return epilogue >= Epilogue::kSiluMul; }
 
+struct alignas(64) CacheLine {
+  uint8_t bytes[64];
+};
+
 struct Linear {
   const Matrix* weight;
   const bf16* x;  // [rows padded to 16][k]; padding rows may hold anything finite
@@ -27,6 +31,8 @@ struct Linear {
   // from a dozen rows on these are faster, but they round otherwise, so no row may go now this way and now that.
   int num_direct;
   const Matrix* next = nullptr;  // what is multiplied after it; null: nobody knows
+  // [rows][k / 16]: where the threads together make the integers of many rows; null: each thread makes its own.
+  CacheLine* room = nullptr;
 
   Linear first(int count) const;   // of these rows
   Linear behind(int count) const;  // of the others
