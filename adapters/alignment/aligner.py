@@ -146,7 +146,10 @@ class KeyAligner:
         if self.revision == 0:
             return
         bad = self.revision
-        self._store.quarantine(self.state.key, bad)
+        try:
+            self._store.quarantine(self.state.key, bad)
+        except OSError as error:  # what is bad goes, full disk or not
+            log.warning("a bad adapter cannot be kept aside", key=self.state.key, revision=bad, reason=str(error))
         if bad == self.state.good_revision:
             self.state.good_revision = 0
         self.state.num_rolled_back += 1

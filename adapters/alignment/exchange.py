@@ -20,8 +20,8 @@ def obey(aligner: KeyAligner, command: AdapterCommand, now: float) -> None:
     """
     log.info("adapter command", key=command.key, action=command.action)
     if command.action == "rollback":
+        aligner.unshared.add("version")  # first, since on a full disk what follows is an error
         aligner.roll_back()
-        aligner.unshared.add("version")
     elif command.action == "reset":
         aligner.forget(now)
         aligner.unshared.add("reset")

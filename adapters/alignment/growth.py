@@ -130,9 +130,13 @@ class DraftGrower(Updater):
         return None
 
     def _save(self, learner: Learner) -> None:
+        """Keep a checkpoint, if the disk has room: else the draft grows on, and the one before stays."""
         started = time.monotonic()
         if self._directory is not None:
-            save_checkpoint(self._directory, learner.draft, learner.optimizer, self._progress)
+            try:
+                save_checkpoint(self._directory, learner.draft, learner.optimizer, self._progress)
+            except (OSError, SafetensorError) as error:
+                log.warning("no checkpoint can be written", key=self._key, reason=str(error))
         now = time.monotonic()
         self._save_at = now + max(self._config.growth.checkpoint_seconds, _PAUSE * (now - started))
 

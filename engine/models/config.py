@@ -11,6 +11,8 @@ Activation = Literal["silu", "gelu_tanh", "swiglu_oai"]
 """What a gate goes through before it multiplies; gpt-oss' clamps both, and adds one to what is multiplied"""
 MAX_LAYERS = 1024
 MAX_EXPERTS = 1024
+MAX_EXPERTS_OF_ALL_LAYERS = 1 << 15
+"""Each has a place in a table of weights, which is made before any of them is looked for."""
 MAX_SIZE = 1 << 20
 """Of whatever else has a size: a vocabulary, a width, a number of heads. No model comes near it."""
 
@@ -141,6 +143,11 @@ class ModelSpec:
                 raise ModelError(f"token id {token_id} is outside of the vocabulary of {self.vocab_size}")
         if self.experts is not None and self.output_norms:
             raise ModelError("experts in a layer whose MLP's output has a norm are not supported")
+        if self.experts is not None and self.num_layers * self.experts.count > MAX_EXPERTS_OF_ALL_LAYERS:
+            raise ModelError(
+                f"{self.num_layers} layers of {self.experts.count} experts, must be up to "
+                f"{MAX_EXPERTS_OF_ALL_LAYERS} experts in all"
+            )
         if all(layer.rope is None for layer in self.layers):
             raise ModelError("no layer has a rotary embedding")
         if any(layer.rope is not None and layer.rope.dim > self.head_dim for layer in self.layers):

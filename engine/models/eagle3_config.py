@@ -46,6 +46,11 @@ class Variant:
     first_token_has_entry: bool = True
     """Whether a sequence's first token has keys and values, though nothing comes before it"""
 
+    def __post_init__(self) -> None:
+        for name in ("sliding_window", "head_size"):
+            if (size := getattr(self, name)) is not None and size <= 0:
+                raise ModelError(f"{name} is {size}, must be positive")
+
 
 @dataclass(frozen=True)
 class Eagle3Config:
@@ -74,6 +79,10 @@ class Eagle3Config:
             raise ModelError(f"{len(self.capture_layers)} capture_layers of {self.num_target_layers} layers")
         if not 0 < self.rms_norm_eps < 1:
             raise ModelError(f"rms_norm_eps is {self.rms_norm_eps}")
+        if self.num_heads % self.num_kv_heads:
+            raise ModelError(f"{self.num_heads} heads cannot share {self.num_kv_heads} key-value heads evenly")
+        if (rope := self.variant.rope) is not None and rope.dim > self.head_dim:
+            raise ModelError(f"rope: more dimensions turn than the {self.head_dim} of a head")
 
     @property
     def fused_size(self) -> int:

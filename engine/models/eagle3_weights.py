@@ -116,10 +116,17 @@ def _tensors(directory: Path) -> dict[str, torch.Tensor]:
         except Exception as error:  # of a damaged pickle, whatever the loader's own code runs into
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ModelError(f"{path}: cannot be read: {reason}") from error
-        if not isinstance(stored, dict) or not all(isinstance(one, torch.Tensor) for one in stored.values()):
-            raise ModelError(f"{path}: must hold tensors by name")
+        if not isinstance(stored, dict) or not all(map(_is_plain, stored.values())):
+            raise ModelError(f"{path}: must hold tensors by name, with all of their values")
         tensors |= {plain_name(str(name)): one for name, one in stored.items()}
     return tensors
+
+
+def _is_plain(one: object) -> bool:
+    """Whether it is a tensor that has its values in memory, none of them left out."""
+    if not isinstance(one, torch.Tensor) or one.is_nested:
+        return False
+    return one.device.type == "cpu" and one.layout == torch.strided
 
 
 def _head(directory: Path, config: Eagle3Config, tensors: Mapping[str, torch.Tensor]) -> DraftRows:

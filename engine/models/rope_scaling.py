@@ -60,7 +60,10 @@ def read_rope(
     original = config.number("original_max_position_embeddings", int, original)
     if original <= 1 or longest <= 0:
         raise ModelError(f"rope scaling: original_max_position_embeddings is {original}, must be more than 1")
-    return _KINDS[kind](_Context(scaling, theta, dim, longest, original))
+    try:
+        return _KINDS[kind](_Context(scaling, theta, dim, longest, original))
+    except (ArithmeticError, ValueError) as error:
+        raise ModelError(f"rope scaling {kind!r}: its numbers make no sense: {error}") from None
 
 
 def _default(context: _Context) -> Rope:

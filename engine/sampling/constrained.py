@@ -52,7 +52,7 @@ class ConstrainedRequests:
     def ask(self) -> None:
         """Ask for the masks of a step, and for those of sequences that wait for theirs."""
         for request, cursor in self._running.values():
-            cursor.ask([] if cursor.is_slow else request.draft_token_ids)
+            cursor.ask([] if cursor.is_slow else [*request.draft_token_ids])
         if self._running:
             self._pool.flush()
 

@@ -86,6 +86,26 @@ async def test_a_chat_without_max_tokens_is_never_more_than_a_quarter_of_a_full_
     assert too_much.status_code == 400
 
 
+def fails_after_a_token(request: EngineRequest) -> Iterable[EngineOutput]:
+    yield EngineOutput(request_id=request.request_id, token_ids=[300])
+    yield EngineOutput(request_id=request.request_id, finish_reason="error", error_kind="internal", error="damaged")
+
+
+@pytest.mark.parametrize("path", PATHS)
+async def test_tokens_that_an_answer_did_not_use_are_given_back(serve_tenant: ServeTenant, path: str) -> None:
+    async with serve_tenant("--limits.tokens_per_minute", "100") as api:
+        answers = [await api.post(path, max_tokens=40) for _ in range(3)]
+    assert [answer.status_code for answer in answers] == [200] * 3
+
+
+async def test_what_failed_by_no_fault_of_the_tenants_costs_no_tokens(serve: Any) -> None:
+    key = ("--auth.keys", f"{uuid.uuid4().hex}={hash_key('secret')}", "--limits.tokens_per_minute", "20")
+    async with serve(fails_after_a_token, *key) as api:
+        api.client.headers["Authorization"] = "Bearer secret"
+        answers = [await api.post("/v1/completions", max_tokens=10) for _ in range(10)]
+    assert [answer.status_code for answer in answers] == [500] * 10
+
+
 async def test_so_much_echo_is_refused_that_is_far_more_than_the_request(
     tiny_model: ModelFiles, tokenizer: Tokenizer, valkey_url: str, tmp_path: Path
 ) -> None:

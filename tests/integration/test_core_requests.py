@@ -14,7 +14,7 @@ import zmq
 from safetensors.torch import load_file, save_file
 
 from engine.config import SpeculationConfig
-from engine.messages import EngineMessage, EngineOutput, EngineRequest, Hello, SamplingParams
+from engine.messages import EngineMessage, EngineOutput, EngineRequest, Grammar, Hello, SamplingParams
 from engine.models.verify import FileCheck
 from engine.process import EngineProcess
 from engine.sampling.choose import SamplingState
@@ -42,6 +42,29 @@ def test_an_id_used_twice_leaves_the_first_request_alone(engine: Engine) -> None
         engine.step()
     assert engine.output(request_id) == expected
     assert not engine.core.stats().blocks_used
+
+
+def test_a_client_that_goes_away_leaves_no_request_that_waits_for_its_grammar(engine: Engine) -> None:
+    engine.add(PROMPT, msgspec.structs.replace(GREEDY, grammar=Grammar("regex", "(a|b){40}c")))
+    assert engine.core._grammars.waiting
+    engine.core.abort_client(CLIENT)
+    assert not engine.core._grammars.waiting
+
+
+def test_no_token_after_the_last_has_a_log_probability(tmp_path: Path) -> None:
+    """Also where a stop token is in the middle of what was accepted."""
+    files = make_directory(tmp_path / "model")
+    itself = SpeculationConfig(method="draft_model", draft=str(files.path), num_speculative_tokens=4, adaptive=False)
+    engine, outputs = Engine(files, Setting(), itself), list[EngineOutput]()
+    [answer] = engine.generate([PROMPT], [GREEDY])
+    for end in dict.fromkeys(answer):
+        engine.add(PROMPT, msgspec.structs.replace(GREEDY, logprobs=0, stop_token_ids=(end,)))
+        while engine.is_busy:
+            of_step = engine.core.step()[0]
+            engine.take(of_step)
+            outputs += of_step[CLIENT]
+    assert any(output.num_draft_tokens > len(output.token_ids) > 1 for output in outputs)
+    assert all(len(output.logprobs or []) == len(output.token_ids) for output in outputs)
 
 
 def test_a_request_that_the_verifier_cannot_take_is_refused_alone(

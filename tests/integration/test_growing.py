@@ -225,6 +225,24 @@ def test_a_damaged_checkpoint_is_as_if_not_there(files: ModelFiles, config: Adap
     assert update.num_positions == 19
 
 
+def test_a_draft_grows_on_while_no_checkpoint_can_be_written(
+    files: ModelFiles, config: AdaptersConfig, tmp_path: Path
+) -> None:
+    """What safetensors raises there, as where the disk is full, is no ``OSError``."""
+    seed = seed_of_draft(files, validate_model_files(files), None)
+    width = seed.draft.config.recorded_size
+    grower = DraftGrower(seed, config.for_growth(width), "key", "of a test")
+    grower.resume(tmp_path)
+    (tmp_path / "checkpoint.partial").mkdir()
+    for _ in range(2):
+        grower.update([segment(torch.arange(40), torch.randn(40, width))])
+    assert grower._progress.step == 2
+    (tmp_path / "checkpoint.partial").rmdir()
+    grower._save_at = 0.0
+    grower.update([segment(torch.arange(40), torch.randn(40, width))])
+    assert (tmp_path / "checkpoint.safetensors").exists()
+
+
 def test_single_tokens_teach_nothing_and_harm_nothing(files: ModelFiles, config: AdaptersConfig) -> None:
     seed = seed_of_draft(files, validate_model_files(files), None)
     width = seed.draft.config.recorded_size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import time
 import uuid
 from collections.abc import Iterable
@@ -39,6 +40,10 @@ def keys(name: str) -> tuple[str, str]:
     return "--auth.keys", f"{name}={hash_key('secret')}"
 
 
+def open_files() -> list[str]:
+    return [os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
+
+
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("data", [b"10000\r\n" + b"y" * 65536 + b"\r\n", b"1\r\ny\r\n" * 10_000])
 async def test_a_body_without_end_is_answered_and_cut_off(serve: Any, path: str, data: bytes) -> None:
@@ -59,6 +64,18 @@ async def test_slow_bodies_hold_no_connections(serve: Any) -> None:
             assert (await read_response(reader))[0] == 401
             assert await is_closed(reader)
             writer.close()
+
+
+async def test_who_reads_nothing_of_a_large_file_keeps_no_file_open(serve: Any) -> None:
+    """There are files for all connections and for the engine and Redis, not for two of each client."""
+    async with serve(one_token, *keys("acme")) as api:
+        _, writer = await connect(api)
+        writer.write(b"GET /docs/swagger-ui-bundle.js HTTP/1.1\r\nhost: x\r\n\r\n" * 16)
+        connections = api.server.server_state.connections
+        await api.until(lambda: any(each.transport.get_write_buffer_size() for each in connections))
+        files = open_files()
+        writer.close()
+    assert not [file for file in files if "swagger" in file]
 
 
 async def test_limits_hold_while_clients_without_a_key_send_without_end(serve: Any) -> None:

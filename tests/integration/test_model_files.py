@@ -245,6 +245,7 @@ def test_gguf_tensor_of_an_unsupported_feature_is_named(directory: Path, tmp_pat
         ({"num_key_value_heads": 3}, "4 heads cannot share 3 key-value heads"),
         ({"hidden_size": "64"}, "hidden_size is '64', must be of type int"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0, must be 1 to 1024"),
+        ({"model_type": "qwen3_moe", "num_experts": 1024, "num_hidden_layers": 1024}, "1024 layers of 1024 experts"),
         ({"num_hidden_layers": 4}, "'model.layers.3.input_layernorm.weight' is missing"),
         ({"intermediate_size": 256}, "has the shape"),
         ({"eos_token_id": "two"}, None),

@@ -67,6 +67,27 @@ async def test_no_origin_is_allowed_by_default(serve: Any) -> None:
     assert not [name for name in (*preflight.headers, *answer.headers) if name.startswith("access-control")]
 
 
+async def test_an_overview_is_of_the_tenant_that_asks_and_an_admin_sees_all(serve: Any) -> None:
+    keys = ",".join(f"{tenant}={hash_key(tenant)}" for tenant in ("acme", "bravo"))
+    async with serve(one_token, "--auth.keys", keys, "--auth.admin_key", hash_key("admin")) as api:
+        seen = {}
+        for tenant in ("acme", "bravo"):
+            api.client.headers["Authorization"] = f"Bearer {tenant}"
+            assert (await api.post("/v1/completions", max_tokens=1)).status_code == 200
+        for key in ("acme", "bravo", "admin"):
+            api.client.headers["Authorization"] = f"Bearer {key}"
+            seen[key] = (await api.client.get("/v1/overview")).json()
+        del api.client.headers["Authorization"]
+        without_key = await api.client.get("/v1/overview")
+    assert without_key.status_code == 401
+    assert {key: [one["tenant"] for one in body["tenants"]] for key, body in seen.items()} == {
+        "acme": ["acme"],
+        "bravo": ["bravo"],
+        "admin": ["acme", "bravo"],
+    }
+    assert [key for key, body in seen.items() if body["engine"] is not None] == ["admin"]
+
+
 @pytest.mark.parametrize("path", ["/version", "/tokenizer_info"])
 async def test_what_the_server_is_needs_a_key(serve: Any, path: str) -> None:
     async with serve(one_token, *KEYS) as api:

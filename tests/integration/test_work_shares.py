@@ -6,6 +6,7 @@ Nothing here is decided by time: threads wait for events that the tests set.
 from __future__ import annotations
 
 import asyncio
+import json
 import pkgutil
 import sys
 import threading
@@ -301,6 +302,35 @@ async def test_while_the_server_describes_itself_others_are_served(
         assert len(gate.begun) == 1
         gate.open(4)
         assert {answer.status_code for answer in await asyncio.gather(*asked)} == {200}
+
+
+@pytest.mark.parametrize(
+    ("path", "field", "maker"),
+    [
+        ("/v1/completions", "prompt", "server.routes.completions.tokenize_prompts"),
+        ("/v1/embeddings", "input", "server.routes.embeddings.tokenize_prompts"),
+        ("/v1/chat/completions", "messages", "server.chat_generation.encode_messages"),
+        ("/v1/messages", "messages", "server.chat_generation.encode_messages"),
+        ("/v1/responses", "input", "server.chat_generation.encode_messages"),
+        ("/tokenize", "prompt", "server.routes.tokens.encode_text"),
+    ],
+)
+async def test_what_a_long_body_asks_is_tokenized_beside_the_event_loop(
+    serve: Any, monkeypatch: pytest.MonkeyPatch, path: str, field: str, maker: str
+) -> None:
+    threads, make = set[int](), pkgutil.resolve_name(maker)
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        threads.add(threading.get_ident())
+        return make(*arguments, **options)
+
+    monkeypatch.setattr(maker, watched)
+    asked = [{"role": "user", "content": "Hi"}] if field == "messages" else "Hi"
+    body = json.dumps({"model": "tiny", field: asked} | ({"max_tokens": 1} if path == "/v1/messages" else {}))
+    async with serve(one_token) as api:
+        await api.client.post(path, content=body + " " * BIG, headers={"Content-Type": "application/json"})
+    assert threads
+    assert threading.get_ident() not in threads
 
 
 def many_logprobs(request: EngineRequest) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 from dataclasses import replace
 from pathlib import Path
 
@@ -164,6 +165,35 @@ def test_bad_revision_is_taken_back_once(key: Key) -> None:
     assert (key.aligner.revision, key.aligner.state.good_revision, key.aligner.state.num_rolled_back) == (1, 1, 1)
     assert key.store.load("key", 1) is not None
     assert key.store.load("key", 2) is None
+
+
+def test_bad_revision_is_in_force_no_more_where_the_disk_is_full(key: Key, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing can be made there, the directory of the quarantine included."""
+    key.count(0, True, 256)
+    key.decide()
+    key.aligner.published(1)
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(AdapterStore, "quarantine", fail)
+    key.count(1, False, 256)
+    assert (key.aligner.revision, key.aligner.tensors, key.aligner.is_unpublished) == (0, None, True)
+
+
+def test_an_operators_rollback_is_for_all_servers_where_the_disk_is_full(
+    key: Key, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key.decide()
+    key.aligner.unshared.clear()
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(AdapterStore, "save_state", fail)
+    with pytest.raises(OSError, match="No space"):
+        obey(key.aligner, AdapterCommand("rollback", "key"), 0.0)
+    assert (key.aligner.tensors, key.aligner.unshared) == (None, {"version"})
 
 
 def test_worker_killed_while_it_publishes_finds_a_good_revision(key: Key, monkeypatch: pytest.MonkeyPatch) -> None:

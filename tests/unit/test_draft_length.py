@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from functools import partial
 from itertools import accumulate, pairwise, product
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.speculation.length import cost_meter
 from engine.speculation.length.adaptive import AdaptiveLength
 from engine.speculation.length.costs import Curve, ServedCosts, StepCosts, without_spikes
 from engine.speculation.length.plan import best_plan, best_verified
@@ -53,6 +56,23 @@ def test_costs_without_spikes_never_grow_less_with_more_tokens(slopes: list[floa
     curve = Curve(kept)
     assert all(curve(size) <= seconds + 1e-9 for size, seconds in measured)
     assert all(curve(size) >= seconds - 1e-9 for size, seconds in true)
+
+
+def test_what_is_compiled_first_leaves_as_much_time_for_the_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's kernels take longer to compile than all runs may; and its first run of each size records a graph."""
+    now, runs = 0.0, list[tuple[str, int]]()
+
+    def measure(table: str, size: int) -> tuple[float]:
+        nonlocal now
+        is_first, is_new = table not in dict(runs), (table, size) not in runs
+        runs.append((table, size))
+        seconds = 0.1 if is_new else 0.01
+        now += 20.0 if is_first else seconds
+        return (seconds,)
+
+    monkeypatch.setattr(cost_meter, "time", SimpleNamespace(perf_counter=lambda: now))
+    tables = [([1, 2, 4], partial(measure, table)) for table in ("drafts", "verified")]
+    assert cost_meter._fastest(*tables) == [[(size, (0.01,)) for size in (1, 2, 4)]] * 2
 
 
 def rate(costs: StepCosts, chances: list[list[float]], lengths: list[int]) -> float:

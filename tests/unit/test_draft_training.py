@@ -19,7 +19,7 @@ from adapters.training.conversations import Conversation, read_shard, shard_path
 from adapters.training.dataset import CONTEXT, MAX_WINDOW, TEMPLATE_TOKENS, Dataset, is_held_out
 from adapters.training.generate import Job, answered_by, jobs_of, left_of, loop_start, read_prompts
 from adapters.training.head_loss import head_loss
-from adapters.training.learner import Unroller
+from adapters.training.learner import Learner, Unroller
 from adapters.training.train import VALIDATION_STEPS, Phase, TrainConfig, Trainer
 from engine.config import ModelConfig
 from engine.models.config import ModelError, ModelFiles
@@ -238,6 +238,27 @@ def test_rows_of_a_loss_fill_tiles_and_hold_all_wanted_tokens() -> None:
     assert len(rows) % 32 == 0
     assert rows.tolist() == sorted(set(rows.tolist()))
     assert set(wanted.tolist()) <= set(rows.tolist()) <= {*wanted.tolist(), *drawn.tolist()}
+
+
+def test_no_token_of_a_batch_is_left_out_of_its_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = make_directory(tmp_path / "model")
+    spec = validate_model_files(files)
+    conversations = [Conversation(1, 40, np.arange(100, 190, dtype=np.int32))]
+    write_shard(tmp_path, conversations, [torch.randn(90, 4 * spec.hidden_size).bfloat16()])
+    (batch,) = Dataset(shard_paths(tmp_path), 4 * spec.hidden_size, spec.hidden_size).batches(
+        1000, 3, np.random.default_rng(0)
+    )
+    wanted: list[set[int]] = []
+
+    def recorded(token_ids: torch.Tensor, others: torch.Tensor, tile: int) -> torch.Tensor:
+        wanted.append(set(token_ids.tolist()))
+        return with_others(token_ids, others, tile)
+
+    monkeypatch.setattr("adapters.training.learner.with_others", recorded)
+    target = target_parts(open_weights(files), spec, 256, torch.float32)
+    learner = Learner(random_draft(files).requires_grad_(True), target)
+    learner.step(batch, torch.tensor([3, 4]), num_steps=1, rate=1e-3, number=0)
+    assert wanted == [{*batch.token_ids.flatten().tolist(), 3, 4}]
 
 
 def test_windows_that_go_on_are_unrolled_as_if_alone(tmp_path: Path) -> None:

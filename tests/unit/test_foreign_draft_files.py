@@ -93,6 +93,9 @@ def test_how_layers_are_counted(
         ("specforge", {"hidden_act": "relu"}, "hidden_act relu"),
         ("specforge", {"quantization_config": {"bits": 4}}, "quantization_config"),
         ("specforge", {"rope_scaling": {"rope_type": "mrope"}}, "rope scaling 'mrope'"),
+        ("specforge", {"rope_scaling": {"rope_type": "yarn", "factor": 1e30, "beta_fast": 1}}, "make no sense"),
+        ("specforge", {"rope_scaling": {"rope_type": "yarn", "beta_slow": 1e-320}}, "make no sense"),
+        ("specforge", {"rope_scaling": {"rope_type": "linear", "partial_rotary_factor": -1e30}}, "make no sense"),
         ("specforge", {"eagle_config": {LAYERS: [0, 3, 7]}}, r"layers \(-1, 2, 6\)"),
         ("specforge", {"eagle_config": {LAYERS: [1, 3, 8]}}, r"layers \(1, 3, 8\)"),
         ("specforge", {"eagle_config": {LAYERS: [1, 3]}}, "fc.weight has the shape"),
@@ -109,6 +112,9 @@ def test_how_layers_are_counted(
         ("specforge", {"fc_norm": True}, "no tensor fc_norm.0.weight"),
         ("nvidia", {"eagle_config": {}}, "nothing is known of a tensor input_norm.weight"),
         ("safeailab", {"vocab_size": VOCAB + 1}, "with 513 tokens"),
+        ("nvidia_copied_head", {"partial_rotary_factor": 4.0}, "more dimensions turn than the 16 of a head"),
+        ("nvidia_copied_head", {"num_key_value_heads": 3}, "4 heads cannot share 3 key-value heads"),
+        ("nvidia_copied_head", {"layer_types": ["sliding_attention"], "sliding_window": -5}, "sliding_window is -5"),
     ],
 )
 def test_refused_before_anything_is_loaded(
@@ -134,6 +140,7 @@ def test_refused_before_anything_is_loaded(
         ({"d2t": torch.zeros(161, dtype=torch.long)}, "d2t has the shape"),
         ({"norm.weight": None}, "no tensor norm.weight"),
         ({"d2t": None}, "no d2t says which"),
+        ({"lm_head.weight": torch.zeros(0, 64), "d2t": torch.zeros(0, dtype=torch.long)}, "head_size is 0"),
     ],
 )
 def test_tensors_that_are_refused(
@@ -183,6 +190,14 @@ def test_a_pickle_runs_no_code(content: bytes, files: ModelFiles, tmp_path: Path
     with pytest.raises(ModelError, match=r"pytorch_model\.bin") as raised:
         load(directory, files)
     assert len(str(raised.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("values", [torch.empty(64, device="meta"), torch.ones(64).to_sparse()])
+def test_tensors_of_a_pickle_have_all_of_their_values(values: torch.Tensor, files: ModelFiles, tmp_path: Path) -> None:
+    checkpoint = CHECKPOINTS["safeailab"]()
+    directory = replace(checkpoint, tensors=checkpoint.tensors | {"norm.weight": values}).write(tmp_path / "draft")
+    with pytest.raises(ModelError, match=r"pytorch_model\.bin: must hold tensors by name, with all of their values"):
+        load(directory, files)
 
 
 @pytest.fixture(scope="module")

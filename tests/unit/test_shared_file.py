@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
 import pytest
 
-from engine.online.shared_file import SharedMemoryError, claim_directory
+from engine.online.shared_file import SharedFile, SharedMemoryError, claim_directory
 
 
 def test_a_directory_is_one_engines_until_it_ends(tmp_path: Path) -> None:
@@ -18,6 +19,11 @@ def test_a_directory_is_one_engines_until_it_ends(tmp_path: Path) -> None:
         claim_directory(directory)
     os.close(claim)  # as the kernel does when a process ends
     os.close(claim_directory(directory))
+
+
+def test_a_file_is_for_its_user_alone(tmp_path: Path) -> None:
+    SharedFile.create(tmp_path / "file", 64).install()
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o600
 
 
 def test_a_path_that_is_no_directory_is_refused(tmp_path: Path) -> None:

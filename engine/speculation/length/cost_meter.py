@@ -202,6 +202,8 @@ def _fastest(
     All sizes of all tables are measured in turn, again and again: a moment in which something else has the processor
     spoils one run of many sizes then, not all runs of one size, nor of one table, which are compared with each other.
     """
+    for sizes, measure in tables:
+        measure(sizes[0])  # a GPU's kernels are compiled, which may take longer than all runs
     started = time.perf_counter()
     least = [_first_round(sizes, measure) for sizes, measure in tables]
     for _ in range(1, _ROUNDS):
@@ -215,7 +217,6 @@ def _fastest(
 
 def _first_round(sizes: Sequence[int], measure: Callable[[int], tuple[float, ...]]) -> dict[int, tuple[float, ...]]:
     """Of as many sizes as there is time for, and of two at least: through these goes the line to the others."""
-    measure(sizes[0])  # a GPU's kernels are compiled
     started = time.perf_counter()
     of_size: dict[int, tuple[float, ...]] = {}
     for size in sizes:
