@@ -94,7 +94,7 @@ class DirectRows {
   template <int M, int kFormat>
   void multiply_format(const uint8_t* blocks, const Block* rows, const ReadAhead& ahead, float* y) const {
     constexpr int kParts = kFormat == kQ6 ? 2 : 1;  // of a block, with scales of their own
-    Floats acc[kGroupsAtOnce][M];
+    Floats acc[kGroupsAtOnce][M];  // in registers, but only if every loop over them is unrolled: GCC stores them else
 #pragma GCC unroll 2
     for (int g = 0; g < kGroupsAtOnce; ++g) {
 #pragma GCC unroll 6

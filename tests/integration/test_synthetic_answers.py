@@ -174,7 +174,7 @@ def test_an_idle_engine_goes_on_teaching(
     [aligner] = worker._roster.aligners.values()
     assert answers == 4 * len(prompts), answers
     assert {prompt.tenant for prompt in prompts} == {OWNER}
-    assert aligner.state.num_trained_positions > 2 * trained[len(prompts)] > 0, trained
+    assert aligner.state.num_trained_positions > 1.5 * trained[len(prompts)] > 0, trained
     held_out = {segment.request_id for segment in aligner.replay.held_out}
     assert held_out
     assert not held_out & worker._writer._prompts.keys()
