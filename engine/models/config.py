@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from operator import itemgetter
 from pathlib import Path
@@ -94,6 +95,18 @@ class Experts:
             raise ModelError(f"{self.per_token} of {self.count} experts, must be 1 or more of up to {MAX_EXPERTS}")
 
 
+def check_heads(num_heads: int, num_kv_heads: int, head_dim: int, ropes: Iterable[Rope | None]) -> None:
+    """Whether heads of attention can share their keys and values, and are as large as what turns in them.
+
+    Raises:
+        ModelError: they cannot, or are not.
+    """
+    if num_heads % num_kv_heads:
+        raise ModelError(f"{num_heads} heads cannot share {num_kv_heads} key-value heads evenly")
+    if any(rope is not None and rope.dim > head_dim for rope in ropes):
+        raise ModelError(f"rope: more dimensions turn than the {head_dim} of a head")
+
+
 @dataclass(frozen=True)
 class ModelSpec:
     """Shape and constants of a decoder. The defaults are those of Llama; its family says what is different."""
@@ -136,8 +149,7 @@ class ModelSpec:
         for name in ("rms_norm_eps", "max_position_embeddings"):
             if getattr(self, name) <= 0:
                 raise ModelError(f"{name} is {getattr(self, name)}, must be positive")
-        if self.num_heads % self.num_kv_heads:
-            raise ModelError(f"{self.num_heads} heads cannot share {self.num_kv_heads} key-value heads evenly")
+        check_heads(self.num_heads, self.num_kv_heads, self.head_dim, [layer.rope for layer in self.layers])
         for token_id in (*self.eos_token_ids, *([] if self.bos_token_id is None else [self.bos_token_id])):
             if not 0 <= token_id < self.vocab_size:
                 raise ModelError(f"token id {token_id} is outside of the vocabulary of {self.vocab_size}")
@@ -150,8 +162,6 @@ class ModelSpec:
             )
         if all(layer.rope is None for layer in self.layers):
             raise ModelError("no layer has a rotary embedding")
-        if any(layer.rope is not None and layer.rope.dim > self.head_dim for layer in self.layers):
-            raise ModelError(f"rope: more dimensions turn than the {self.head_dim} of a head")
 
     @property
     def num_layers(self) -> int:

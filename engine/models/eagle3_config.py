@@ -10,7 +10,7 @@ from typing import Literal
 
 import msgspec
 
-from engine.models.config import MAX_SIZE, ModelError, ModelSpec, Rope
+from engine.models.config import MAX_SIZE, ModelError, ModelSpec, Rope, check_heads
 from engine.models.quantization.base import FLOATS
 from engine.models.safetensors_spec import Header, read_header
 
@@ -79,10 +79,7 @@ class Eagle3Config:
             raise ModelError(f"{len(self.capture_layers)} capture_layers of {self.num_target_layers} layers")
         if not 0 < self.rms_norm_eps < 1:
             raise ModelError(f"rms_norm_eps is {self.rms_norm_eps}")
-        if self.num_heads % self.num_kv_heads:
-            raise ModelError(f"{self.num_heads} heads cannot share {self.num_kv_heads} key-value heads evenly")
-        if (rope := self.variant.rope) is not None and rope.dim > self.head_dim:
-            raise ModelError(f"rope: more dimensions turn than the {self.head_dim} of a head")
+        check_heads(self.num_heads, self.num_kv_heads, self.head_dim, [self.variant.rope])
 
     @property
     def fused_size(self) -> int:
