@@ -10,7 +10,7 @@ import msgspec
 from pydantic import TypeAdapter, ValidationError
 
 from server.chat_generation import chat_request
-from server.errors import ApiError
+from server.errors import ApiError, bad_request
 from server.responses.objects import FunctionCall, ResponseObject, StoredResponse
 from server.responses.request import (
     CallItem,
@@ -25,7 +25,7 @@ from server.responses.request import (
     SchemaFormat,
     TextConfig,
 )
-from server.responses.store import no_such_response
+from server.responses.store import NoSuchResponse
 from server.schemas.chat import ChatCompletionRequest, text_of
 from server.schemas.constraints import JsonObjectFormat, JsonSchemaFormat, JsonSchemaSpec
 from server.schemas.tools import FunctionName, NamedChoice, PastCall, Tool, ToolChoice
@@ -43,12 +43,12 @@ _NAMES = {
 def all_items(body: ResponsesRequest, previous: bytes) -> list[Item]:
     """The conversation: what was kept of it (empty for nothing), then the request's input.
 
-    Raises ``ApiError``: 404 if what was kept cannot be read.
+    Raises ``NoSuchResponse`` if what was kept cannot be read.
     """
     try:
         earlier = _ITEMS.validate_python(msgspec.json.decode(_STORED.decode(previous).items)) if previous else []
     except (msgspec.DecodeError, ValidationError):
-        raise no_such_response(body.previous_response_id or "") from None
+        raise NoSuchResponse(body.previous_response_id or "") from None
     new = [MessageItem(role="user", content=body.input)] if isinstance(body.input, str) else body.input
     return earlier + new
 
@@ -61,11 +61,11 @@ def encode_stored(items: Sequence[Item], response: ResponseObject) -> bytes:
 
 
 def stored_response(stored: bytes, response_id: str) -> bytes:
-    """The response in what is kept, as JSON; raises ``ApiError`` 404 if that cannot be read."""
+    """The response in what is kept, as JSON; raises ``NoSuchResponse`` if that cannot be read."""
     try:
         return bytes(_STORED.decode(stored).response)
     except msgspec.DecodeError:
-        raise no_such_response(response_id) from None
+        raise NoSuchResponse(response_id) from None
 
 
 def to_chat(body: ResponsesRequest, items: Sequence[Item]) -> ChatCompletionRequest:
@@ -84,9 +84,11 @@ def to_chat(body: ResponsesRequest, items: Sequence[Item]) -> ChatCompletionRequ
 
 @contextmanager
 def fields_of_responses() -> Iterator[None]:
-    """Errors name the fields as this API does."""
+    """Errors name the fields as this API does. A response that is not there to go on from is a wrong field, too."""
     try:
         yield
+    except NoSuchResponse as error:
+        raise bad_request(error.message, "previous_response_id", "previous_response_not_found") from None
     except ApiError as error:
         if error.param is not None:
             first, *rest = error.param.replace(".function.", ".").split(".")

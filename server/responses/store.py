@@ -18,6 +18,14 @@ _MOST_RESPONSES = 1000
 """Of a tenant: all of them are looked at when one is saved."""
 
 
+class NoSuchResponse(ApiError):
+    """The 404 for an id that is unknown, expired or another tenant's: the client cannot tell which."""
+
+    def __init__(self, response_id: str) -> None:
+        message = f"There is no stored response {response_id[:100]!r}."
+        super().__init__(404, message, param="response_id", code="response_not_found")
+
+
 class ResponseStore:
     """Keeps, for each stored response, the conversation that led to it and the answer.
 
@@ -69,18 +77,18 @@ class ResponseStore:
     async def load(self, tenant: str, response_id: str) -> AsyncIterator[bytes]:
         """The conversation up to a response, with room for it as long as the block lasts.
 
-        Raises ``ApiError``: 404, or 503 if Redis is down or too many requests wait for room.
+        Raises ``NoSuchResponse``, and ``ApiError``: 503 if Redis is down or too many requests wait for room.
         """
         key, redis = _key(tenant, response_id), self._gate.redis
         with _needs_redis():
             size = await self._gate.run(redis.strlen(key))
         if not 0 < size <= self._config.max_bytes_per_tenant:
-            raise no_such_response(response_id)
+            raise NoSuchResponse(response_id)
         async with self._room.hold(tenant, size):
             with _needs_redis():
                 conversation = await self._gate.run(redis.get(key))
             if not isinstance(conversation, bytes):
-                raise no_such_response(response_id)
+                raise NoSuchResponse(response_id)
             yield conversation
 
     async def save(self, tenant: str, response_id: str, conversation: bytes) -> bool:
@@ -93,21 +101,11 @@ class ResponseStore:
             return False
 
     async def delete(self, tenant: str, response_id: str) -> None:
-        """Forget a conversation at once. Raises ``ApiError``: 404, or 503 if Redis is down."""
+        """Forget a conversation at once. Raises ``NoSuchResponse``, and ``ApiError``: 503 if Redis is down."""
         with _needs_redis():
             existed = await self._gate.run(self._gate.redis.delete(_key(tenant, response_id)))
         if not existed:
-            raise no_such_response(response_id)
-
-
-def no_such_response(response_id: str) -> ApiError:
-    """The 404 for an id that is unknown, expired or another tenant's: the client cannot tell which."""
-    return ApiError(
-        404,
-        f"There is no stored response {response_id[:100]!r}.",
-        param="previous_response_id",
-        code="previous_response_not_found",
-    )
+            raise NoSuchResponse(response_id)
 
 
 _needs_redis = partial(needs_redis, "Stored responses cannot be reached at the moment.", code="responses_unavailable")
@@ -119,5 +117,5 @@ def _keys(tenant: str) -> str:
 
 def _key(tenant: str, response_id: str) -> str:
     if not _ID.fullmatch(response_id):
-        raise no_such_response(response_id)
+        raise NoSuchResponse(response_id)
     return f"{_keys(tenant)}:{response_id}"

@@ -31,11 +31,11 @@ async def create_response(
 ) -> Response:
     """Answer a conversation, which may go on from an earlier answer, whole or as a stream of events."""
     previous = b""
-    if body.previous_response_id is not None:
-        conversation = serving.responses.load(tenant.name, body.previous_response_id)
-        previous = await request.state.until_answered.enter_async_context(conversation)
-        work = dataclasses.replace(work, size=work.size + len(previous))
     with fields_of_responses():
+        if body.previous_response_id is not None:
+            conversation = serving.responses.load(tenant.name, body.previous_response_id)
+            previous = await request.state.until_answered.enter_async_context(conversation)
+            work = dataclasses.replace(work, size=work.size + len(previous))
         items = await work.run(all_items, body, previous)
         chat = await work.run(to_chat, body, items)
         generation, is_thinking = await begin_chat(chat, session_header, tenant, work, serving)

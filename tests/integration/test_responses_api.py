@@ -162,9 +162,9 @@ async def test_a_request_goes_on_from_an_answer_that_was_stored(tools_api: Serve
         await client.responses.delete(first.id)
         with pytest.raises(openai.NotFoundError):
             await client.responses.retrieve(first.id)
-        with pytest.raises(openai.NotFoundError) as gone:
+        with pytest.raises(openai.BadRequestError) as gone:
             await client.responses.create(model="tiny", input="Ho", previous_response_id=first.id)
-        assert gone.value.code == "previous_response_not_found"
+        assert (gone.value.code, gone.value.param) == ("previous_response_not_found", "previous_response_id")
         await client.responses.create(model="tiny", input="Ho", previous_response_id=second.id)
 
 
@@ -175,7 +175,7 @@ async def test_another_tenants_answer_is_not_there(tools_api: Serve, tokenizer: 
         acme = client_of(api, "acme")
         mine = await acme.responses.create(model="tiny", input="Hi")
         for identifier in (mine.id, "resp_" + "0" * 32, "resp_1", "*"):
-            with pytest.raises(openai.NotFoundError):
+            with pytest.raises(openai.BadRequestError):
                 await other.responses.create(model="tiny", input="Ho", previous_response_id=identifier)
             with pytest.raises(openai.NotFoundError):
                 await other.responses.delete(identifier)
@@ -197,7 +197,7 @@ async def test_nothing_is_kept_that_is_not_to_be(tools_api: Serve, tokenizer: To
             response = await client.responses.create(model="tiny", input=secret, store=False)
             assert response.to_dict()["store"] is False
             assert await kept() == 0
-            with pytest.raises(openai.NotFoundError):
+            with pytest.raises(openai.BadRequestError):
                 await client.responses.create(model="tiny", input="Ho", previous_response_id=response.id)
             stored = await client.responses.create(model="tiny", input=secret)
             assert await kept() == 1
@@ -215,7 +215,7 @@ async def test_a_tenant_has_only_so_much_and_loses_the_oldest(tools_api: Serve, 
     bounded = ("--responses.max_bytes_per_tenant", "2100", "--auth.keys", f"bounded={hash_key('bounded')}")
     async with tools_api(saying("Yes", tokenizer), *bounded) as api, client_of(api, "bounded") as client:
         old, new = [await client.responses.create(model="tiny", input=400 * letter) for letter in "ab"]
-        with pytest.raises(openai.NotFoundError):
+        with pytest.raises(openai.BadRequestError):
             await client.responses.create(model="tiny", input="Ho", previous_response_id=old.id)
         again = await client.responses.create(model="tiny", input="Ho", previous_response_id=new.id)
         assert again.to_dict()["store"] is True
