@@ -7,7 +7,6 @@ will read, or that does not read its answer.
 from __future__ import annotations
 
 import asyncio
-import re
 import socket
 import struct
 from collections import deque
@@ -15,6 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
+import httptools
 import structlog
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
@@ -34,7 +34,6 @@ _SLOWEST_BODY = 1024
 """Bytes a second."""
 _BODY_GRACE = 10.0
 """Seconds before a body can be too slow."""
-_UPGRADE = re.compile(rb"\r\nupgrade:[^\r\n]*(?=\r\n)", re.IGNORECASE)
 READING_TIMEOUT = 60.0
 """Seconds in which a client has to take something of what is there for it to read."""
 
@@ -89,6 +88,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
                 self._parse(piece)
 
     def on_headers_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return  # ``_feed`` goes on with it
         if len(self._unanswered) > _MOST_PIPELINED:
             raise ValueError("too many requests before their answers")  # ends the parser's work
         super().on_headers_complete()
@@ -105,6 +106,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return
         super().on_message_complete()
         self._stop_timer()
         self._head_bytes, self._body_bytes = 0, 0
@@ -154,17 +157,30 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def _parse(self, piece: bytes) -> None:
         if not self._unanswered and self._timer is None:
             self._start_timer(self._bounds.header_timeout, self._give_up)
-        if not self._head_bytes:
-            piece = _without_upgrade(piece)
+        self._unset_keepalive_if_required()
         self._head_bytes += len(piece)
-        super().data_received(piece)
+        self._feed(piece)
         if self._head_bytes > self._bounds.max_header_bytes + self._body_bytes and not self._discards:
             what = "The framing of the body is" if self._body_bytes else "Request line and headers are"
             self._refuse(ApiError(431, f"{what} larger than {self._bounds.max_header_bytes} bytes."))
 
-    def _unsupported_upgrade_warning(self) -> None:
-        """A head asks for another protocol that came in pieces, or right behind another request: its body is lost."""
-        self._refuse(ApiError(400, "The protocol cannot be changed: leave out the header Upgrade."))
+    def _feed(self, data: bytes) -> None:
+        """Parse. A head that asks for another protocol is parsed again without that, which HTTP/1.1 may ignore.
+
+        httptools ends at such a head, and would take the body for another protocol's.
+        """
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            method, version = self.parser.get_method(), self.parser.get_http_version().encode()
+            if method == b"CONNECT":
+                self.send_400_response("This is no proxy.")
+                return
+            fields = b"".join(b"%b: %b\r\n" % header for header in self.headers if header[0] != b"upgrade")
+            self.parser = httptools.HttpRequestParser(self)
+            self._feed(b"%b %b HTTP/%b\r\n%b\r\n" % (method, self.url, version, fields) + data[upgrade.args[0] :])
+        except httptools.HttpParserError:
+            self.send_400_response("Invalid HTTP request received.")
 
     def _look_at_body(self) -> None:
         """Count the time that a body takes, but for that in which nobody here would take it or has asked for it."""
@@ -249,15 +265,6 @@ def bounded_http(bounds: HttpConfig, max_connections: int) -> Any:
 def longest_body_time(num_bytes: int, timeout: float) -> float:
     """Seconds that a body may have taken of which so many bytes are there."""
     return min(timeout, _BODY_GRACE + num_bytes / _SLOWEST_BODY)
-
-
-def _without_upgrade(piece: bytes) -> bytes:
-    """The first bytes of a request, whose head asks for no other protocol any more: HTTP/1.1 may ignore that.
-
-    httptools ends at such a head, and takes the body for another request.
-    """
-    head, end, rest = piece.partition(b"\r\n\r\n")
-    return _UPGRADE.sub(b"", head + end[:2]) + end[2:] + rest
 
 
 def _disconnect(cycle: RequestResponseCycle) -> None:

@@ -83,28 +83,37 @@ async def test_bodies_of_any_length_and_many_requests_on_one_connection_pass() -
 UPGRADE = b"POST / HTTP/1.1\r\nhost: x\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AA\r\n"
 
 
-async def test_another_protocol_is_not_changed_to_and_the_body_is_no_request() -> None:
-    """Java's client asks for HTTP/2 with every first request."""
+@pytest.mark.parametrize("behind_another", [False, True])
+@pytest.mark.parametrize("place", [0, 40, UPGRADE.index(b"h2c"), len(UPGRADE) + 1, -len(GET), -len(GET) - 1])
+async def test_another_protocol_is_not_changed_to_and_the_body_is_no_request(place: int, behind_another: bool) -> None:
+    """Java's client asks for HTTP/2 with every first request. It may come in pieces, wherever they are cut."""
+    before = GET if behind_another else b""
+    request = UPGRADE + b"content-length: %d\r\n\r\n" % len(GET) + GET
     async with serving(max_header_bytes=LIMIT) as connect:
         reader, writer = await connect()
-        writer.write(UPGRADE + b"content-length: %d\r\n\r\n" % len(GET))
+        writer.write(before + request[:place])
         await asyncio.sleep(0.05)
-        writer.write(GET)
+        writer.write(request[place:])
+        if behind_another:
+            assert await read_response(reader) == (200, b"0")
         assert await read_response(reader) == (200, b"%d" % len(GET))
         writer.write(GET)  # the connection goes on, with this one alone
         assert await read_response(reader) == (200, b"0")
 
 
-async def test_a_head_in_pieces_that_asks_for_another_protocol_ends_the_connection() -> None:
-    """It is taken for a request without a body, and what follows for none."""
+async def test_a_head_that_asks_for_another_protocol_counts_as_any_other() -> None:
+    """What surrounds its body, too; and where it closes the connection, its body is still read."""
+    upgrade = UPGRADE.replace(b"Upgrade, ", b"upgrade, close, ")
     async with serving(max_header_bytes=LIMIT) as connect:
         reader, writer = await connect()
-        begin, name, rest = UPGRADE.partition(b"Upgrade: ")
-        writer.write(begin + name)
-        await asyncio.sleep(0.05)
-        writer.write(rest + b"content-length: %d\r\n\r\n" % len(GET) + GET)
-        status, body = await read_response(reader)
-        assert (status, body, await is_closed(reader)) == (200, b"0", True)
+        writer.write(upgrade + b"transfer-encoding: chunked\r\n\r\n2\r\nyy\r\n0\r\n\r\n")
+        assert (await read_response(reader), await is_closed(reader)) == ((200, b"2"), True)
+        reader, writer = await connect()
+        writer.write(UPGRADE + b"transfer-encoding: chunked\r\n\r\n" + b"1\r\ny\r\n" * (2 * LIMIT))
+        assert ((await read_response(reader))[0], await is_closed(reader)) == (431, True)
+        reader, writer = await connect()
+        writer.write(b"CONNECT x:80 HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert ((await read_response(reader))[0], await is_closed(reader)) == (400, True)
 
 
 async def test_chunks_of_a_byte_each_are_refused_before_they_are_many() -> None:
