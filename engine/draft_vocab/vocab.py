@@ -33,6 +33,9 @@ _NEW_BY_SEARCH = 32
 """Tokens that a search puts into a tail, at most."""
 _IN_BACKGROUND = 16
 """Sequences from which on another thread learns from a step: for fewer, to tell it takes as long as to learn."""
+MOST_BEGUN = 8
+"""Sequences that get a vocabulary when a step is drafted, and when it is followed: each takes up to two milliseconds,
+and all others wait. The rest get theirs in later steps, and draft from the core until then."""
 TOP_K = 10
 """How many of the target's most likely tokens at a place are looked at."""
 TopK = Callable[[Sequence[int]], NDArray[np.int32]]
@@ -105,9 +108,8 @@ class DraftVocab:
     def before_drafts(self, requests: Sequence[Request]) -> None:
         """Bring sequences up to date that are about to be drafted for."""
         self._take(self.sessions.begin_drafts())
-        for request in requests:
-            if request.draft_state.session == NONE:
-                self._begin(request)
+        for request in [request for request in requests if request.draft_state.session == NONE][:MOST_BEGUN]:
+            self._begin(request)
         self._catch_up(requests)
         self._write_tails()
         if self.uses_prior:
@@ -152,6 +154,7 @@ class DraftVocab:
         """
         self._ends.clear()
         followed: list[Verification] = []
+        num_begun = 0
         for one in verified:
             if not one.kept:
                 continue
@@ -159,7 +162,8 @@ class DraftVocab:
             has_session = request.draft_state.session != NONE
             is_followed = has_session and one.source == "draft"
             if not has_session and not request.output_token_ids:
-                is_followed = request.request_id not in later and self._begin(request)
+                is_followed = num_begun < MOST_BEGUN and request.request_id not in later and self._begin(request)
+                num_begun += is_followed
                 self._past.recall(request)  # what it said before is copied from, with a vocabulary or without
             if is_followed:
                 followed.append(one)
