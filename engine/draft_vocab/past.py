@@ -22,6 +22,8 @@ from kernels.session_options import MAX_WEIGHT, NUM_FEATURES
 log = structlog.get_logger(__name__)
 
 MAX_TENANTS, MAX_DOMAINS, MAX_TOKENS = 256, 16, 4096
+MAX_REMEMBERED = 1024 * MAX_TOKENS
+"""Counts of all tenants and domains together. One takes 100 bytes."""
 HALF_LIFE = 8192.0
 """Out-of-core tokens after which a count is worth half."""
 _WEIGHTS_MEMORY = 0.8
@@ -91,10 +93,17 @@ class TenantMemory:
     Args:
         max_tenants: tenants remembered; the least recently used is forgotten beyond.
         max_domains: the same for the domains of a tenant, whose names are its clients' choice.
+        max_remembered: counts of all; the least recently used tenant is forgotten beyond.
     """
 
-    def __init__(self, max_tenants: int = MAX_TENANTS, max_domains: int = MAX_DOMAINS) -> None:
-        self._max_tenants, self._max_domains = max_tenants, max_domains
+    def __init__(
+        self,
+        max_tenants: int = MAX_TENANTS,
+        max_domains: int = MAX_DOMAINS,
+        max_remembered: int = MAX_REMEMBERED,
+    ) -> None:
+        self._max_tenants, self._max_domains, self._max_remembered = max_tenants, max_domains, max_remembered
+        self._num_remembered = 0
         self._tenants: OrderedDict[str, OrderedDict[str | None, _Memory]] = OrderedDict()
         """By tenant, then domain; None is the tenant as a whole."""
 
@@ -102,7 +111,11 @@ class TenantMemory:
         """Tokens outside the static core that verification produced."""
         if token_ids:
             for memory in self._made(tenant, domain):
+                before = len(memory.counts)
                 memory.counts.add(token_ids)
+                self._num_remembered += len(memory.counts) - before
+            while self._num_remembered > self._max_remembered:
+                self._forget(self._tenants.popitem(last=False)[1].values())
 
     def end_session(self, tenant: str, domain: str | None, weights: Sequence[float]) -> None:
         """The prior's weights at the end of a session: [NUM_FEATURES]."""
@@ -138,10 +151,14 @@ class TenantMemory:
             memories.append(domains.setdefault(key, _Memory()))
             domains.move_to_end(key)
         if len(domains) > self._max_domains + 1:
-            domains.popitem(last=False)
+            self._forget([domains.popitem(last=False)[1]])
         if len(self._tenants) > self._max_tenants:
-            self._tenants.popitem(last=False)
+            self._forget(self._tenants.popitem(last=False)[1].values())
         return memories
+
+    def _forget(self, memories: Iterable[_Memory]) -> None:
+        """These have been taken out."""
+        self._num_remembered -= sum(len(memory.counts) for memory in memories)
 
 
 def _keys(domain: str | None) -> list[str | None]:

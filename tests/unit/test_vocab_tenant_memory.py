@@ -111,3 +111,20 @@ def test_a_tenant_with_many_domains_costs_no_other_its_memory() -> None:
     for domain in range(100):
         memory.add("loud", str(domain), [2])
     assert memory.top("quiet", "law", 5) == [1]
+
+
+def test_what_all_tenants_have_together_is_bounded() -> None:
+    """The least recently used tenant is forgotten; what is counted again, or was forgotten, takes no room."""
+    memory = TenantMemory(max_tenants=3, max_domains=2, max_remembered=40)
+    for _ in range(50):
+        memory.add("old", "law", range(10))
+    for domain in range(50):
+        memory.add("many", str(domain), [1, 2])
+        memory.add("old", "law", [1])
+    assert len(memory.top("old", "law", 99)) == 10
+    for tenant in range(50):
+        memory.add("old", "law", [1])
+        memory.add(str(tenant), None, range(10))
+    assert [len(memory.top(tenant, None, 99)) for tenant in ("old", "48", "49")] == [10, 10, 10]
+    memory.add("new", None, range(20))
+    assert [len(memory.top(tenant, None, 99)) for tenant in ("old", "48", "49", "new")] == [0, 0, 10, 20]
