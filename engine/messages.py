@@ -168,8 +168,9 @@ class EngineOutput(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True
     ``stop_reason`` is the stop string or stop token id that ended the sequence (None: EOS).
     ``text_length`` is set when a stop string ended it: how many characters of the whole
     output text to keep.
-    ``prompt_logprobs`` has one entry per prompt token after the first, in one chunk, on the
-    sequence's first output.
+    ``prompt_logprobs`` has one entry per prompt token after the first, on the sequence's first output: in pieces of
+    some hundred, each the MessagePack of ``list[TokenLogprob]``. As objects those of a long prompt take ten times the
+    memory, and all others would wait until they are read.
     ``embedding``, on the first output as well, is the mean of the prompt's last hidden states, of length 1: float32,
     little-endian.
     ``queue_seconds`` comes with its first output: how long it waited for a place.
@@ -187,7 +188,7 @@ class EngineOutput(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True
     request_id: str
     token_ids: list[int] = []
     logprobs: list[TokenLogprob] | None = None
-    prompt_logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[bytes] | None = None
     embedding: bytes | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None

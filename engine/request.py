@@ -12,7 +12,7 @@ from weakref import WeakValueDictionary
 import msgspec
 
 from engine.draft_state import DraftState
-from engine.messages import EngineRequest, SamplingParams, TokenLogprob
+from engine.messages import EngineRequest, SamplingParams
 
 if TYPE_CHECKING:
     import torch
@@ -53,8 +53,8 @@ class Request:
     """By the verifier, before it is scheduled: where its output ends."""
     sampling_state: SamplingState | None = None
     """By the sampler, from its first choice on."""
-    prompt_logprobs: list[TokenLogprob] | None = None
-    """By the verifier: those of its prompt so far, until its first output takes them."""
+    prompt_logprobs: list[bytes] | None = None
+    """By the verifier: those of its prompt so far, as in ``EngineOutput``, until its first output takes them."""
     hidden_sum: torch.Tensor | None = None
     """By the model runner: [hidden] float64, of the prompt's positions so far, until the first output takes it."""
 

@@ -24,7 +24,8 @@ from server.schemas.answers import CompletionTokensDetails, PromptTokensDetails,
 from server.serving import Serving
 from server.tenants import Tenant
 
-_LOGPROB_SIZE = 16
+LOGPROB_SIZE = 16
+"""Bytes of a log-probability on its way through the server, about."""
 T = TypeVar("T")
 
 
@@ -32,7 +33,7 @@ T = TypeVar("T")
 class Piece:
     """What an engine step added to one choice; ``text`` may be empty while a character is incomplete.
 
-    ``prompt_logprobs`` has one entry per prompt token after the first. ``echo`` is what the first piece of a choice has
+    ``prompt_logprobs`` is as in ``EngineOutput``. ``echo`` is what the first piece of a choice has
     in front of its text.
     """
 
@@ -40,7 +41,7 @@ class Piece:
     is_first: bool
     text: str
     logprobs: list[TokenLogprob]
-    prompt_logprobs: list[TokenLogprob]
+    prompt_logprobs: list[bytes]
     finish_reason: Literal["stop", "length"] | None
     stop_reason: int | str | None
     embedding: bytes | None = None
@@ -54,9 +55,8 @@ class Piece:
     @property
     def size(self) -> int:
         """About the bytes of text whose parsing takes as long as it takes to write this out."""
-        entries = [*self.logprobs, *self.prompt_logprobs]
-        num_bytes = len(self.echo) + len(self.text) + len(self.embedding or b"")
-        return num_bytes + _LOGPROB_SIZE * sum(1 + len(entry.top) for entry in entries)
+        num_bytes = len(self.echo) + len(self.text) + len(self.embedding or b"") + sum(map(len, self.prompt_logprobs))
+        return num_bytes + LOGPROB_SIZE * sum(1 + len(entry.top) for entry in self.logprobs)
 
 
 class Generation:

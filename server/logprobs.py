@@ -5,6 +5,8 @@ from __future__ import annotations
 import codecs
 from collections.abc import Iterable, Sequence
 
+import msgspec
+
 from engine.messages import TokenLogprob
 from engine.text.tokenizer import Tokenizer
 from server.schemas.chat import ChatLogprobs, ContentLogprob, TopLogprob
@@ -12,6 +14,7 @@ from server.schemas.completions import CompletionLogprobs
 
 # JSON has no infinity; this is what OpenAI reports for probability 0.
 MIN_LOGPROB = -9999.0
+_PIECE = msgspec.msgpack.Decoder(list[TokenLogprob])
 
 
 def chat_logprobs(tokenizer: Tokenizer, entries: Iterable[TokenLogprob]) -> ChatLogprobs:
@@ -39,16 +42,15 @@ class CompletionLogprobsFormatter:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._offset = 0
 
-    def push_prompt(
-        self, token_ids: Sequence[int], entries: Sequence[TokenLogprob], text: str | None
-    ) -> CompletionLogprobs:
+    def push_prompt(self, token_ids: Sequence[int], pieces: Sequence[bytes], text: str | None) -> CompletionLogprobs:
         """The echoed prompt: its first token follows nothing and has no probability.
 
-        ``text``: what the client sent and gets back, special tokens written out; None for a prompt of token ids.
+        ``pieces``: of the others, as in ``EngineOutput``. ``text``: what the client sent and gets back, special tokens
+        written out; None for a prompt of token ids.
         """
-        offsets = self._prompt_offsets(token_ids, text)
-        first = CompletionLogprobs([self._name(token_ids[0])], [None], [None], offsets[:1])
-        return join_logprobs([first, self._rows(entries, offsets[1:])])
+        offsets = self._prompt_offsets(token_ids, text)  # of all
+        first = CompletionLogprobs([self._name(token_ids[0])], [None], [None], offsets)
+        return join_logprobs([first, *(self._rows(entries, []) for entries in map(_PIECE.decode, pieces))])
 
     def push(self, entries: Sequence[TokenLogprob]) -> CompletionLogprobs:
         """Further tokens."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import msgspec
 import torch
 
 from engine.messages import TokenLogprob
@@ -42,9 +43,9 @@ def collect_prompt_logprobs(sequence: ScheduledSequence, logits: torch.Tensor) -
     Sampling rows, which come last, are passed over.
     """
     request, start = sequence.request, sequence.start
-    entries = request.prompt_logprobs = request.prompt_logprobs or []
-    del entries[start:]  # a preempted prompt is computed again
+    pieces = (request.prompt_logprobs if start else None) or []  # a preempted prompt is computed again
+    request.prompt_logprobs = pieces
     next_tokens = request.prompt_token_ids[start + 1 : start + 1 + len(logits)]
     if next_tokens:
         num_top = [request.sampling.prompt_logprobs or 0] * len(next_tokens)
-        entries += token_logprobs(logits, range(len(next_tokens)), next_tokens, num_top)
+        pieces.append(msgspec.msgpack.encode(token_logprobs(logits, range(len(next_tokens)), next_tokens, num_top)))

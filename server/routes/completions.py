@@ -12,7 +12,7 @@ from starlette.responses import Response
 from engine.text.tokenizer import Tokenizer
 from server.answer import ChoicesAnswer
 from server.errors import bad_request
-from server.generation import Generation, Piece
+from server.generation import LOGPROB_SIZE, Generation, Piece
 from server.logprobs import CompletionLogprobsFormatter, join_logprobs
 from server.openapi import errors, success
 from server.params import TokenizedPrompt, check_request, fit_max_tokens, to_sampling_params, tokenize_prompts
@@ -28,7 +28,8 @@ from server.serving import CurrentServing, Serving
 
 router = APIRouter(route_class=TenantRoute)
 _MAX_ECHO = 16 * 1024**2
-"""Bytes in front of all completions of a request: of a prompt they are written once for each choice."""
+"""Bytes in front of all completions of a request: of a prompt they are written once for each choice. Log-probabilities
+count."""
 
 
 @router.post("/v1/completions", responses=success(Completion, Completion) | errors())
@@ -47,21 +48,27 @@ async def create_completion(
     sampling = await work.run(to_sampling_params, body, max_tokens, serving, body.logprobs, prompt_logprobs)
     n = body.n or 1
     if body.echo:
-        prompts = await work.run(_with_echo, prompts, n, serving.tokenizer)
+        num_logprobs = 0 if body.logprobs is None else 1 + body.logprobs
+        prompts = await work.run(_with_echo, prompts, n, num_logprobs, serving.tokenizer)
     generation = Generation(serving, tenant, prompts, sampling, n, max_tokens > 0, session_id)
     return await _CompletionAnswer(body, generation, serving).respond(work.receive)
 
 
-def _with_echo(prompts: Sequence[TokenizedPrompt], n: int, tokenizer: Tokenizer) -> list[TokenizedPrompt]:
-    """The prompts, each with its text to be put in front of its ``n`` choices; 400 for too much of it."""
+def _with_echo(
+    prompts: Sequence[TokenizedPrompt], n: int, num_logprobs: int, tokenizer: Tokenizer
+) -> list[TokenizedPrompt]:
+    """The prompts, each with its text to be put in front of its ``n`` choices; 400 for too much of it.
+
+    ``num_logprobs``: of each token.
+    """
     echoing, num_bytes = [], 0
     for prompt in prompts:
         echo = tokenizer.decode(prompt.token_ids) if prompt.text is None else prompt.text
-        num_bytes += n * len(echo.encode())
+        num_bytes += n * (len(echo.encode()) + LOGPROB_SIZE * num_logprobs * len(prompt.token_ids))
         if num_bytes > _MAX_ECHO:
             raise bad_request(
-                f"The prompts in front of all completions are more than {_MAX_ECHO} bytes: ask for fewer prompts "
-                "at once, a smaller n, or no echo.",
+                f"The prompts in front of all completions are more than {_MAX_ECHO} bytes, where each log-probability "
+                f"counts {LOGPROB_SIZE}: ask for fewer prompts at once, a smaller n, fewer logprobs, or no echo.",
                 "echo",
             )
         echoing.append(replace(prompt, echo=echo))

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 from structlog.testing import capture_logs
 
@@ -36,7 +37,7 @@ def replies(tokenizer: Tokenizer) -> Script:
                 request_id=request.request_id,
                 token_ids=[token_id],
                 logprobs=None if wants.logprobs is None else [logprob(token_id, wants.logprobs)],
-                prompt_logprobs=[logprob(t, 0) for t in ahead] if is_first and ahead else None,
+                prompt_logprobs=[msgspec.msgpack.encode([logprob(t, 0)]) for t in ahead] if is_first else None,
                 finish_reason="stop" if is_last else None,
                 num_cached_tokens=1 if is_first else 0,
             )

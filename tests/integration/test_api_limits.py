@@ -114,7 +114,9 @@ async def test_so_much_echo_is_refused_that_is_far_more_than_the_request(
     async with running_api(one_token, tiny_model, tokenizer, valkey_url, tmp_path, max_model_len=32_768) as api:
         once = await api.post("/v1/completions", prompt=prompts, echo=True, max_tokens=1)
         often = await api.post("/v1/completions", prompt=prompts, echo=True, max_tokens=1, n=16)
+        scored = await api.post("/v1/completions", prompt=prompts, echo=True, max_tokens=1, logprobs=2)
     assert once.status_code == 200
     assert {len(choice["text"]) for choice in once.json()["choices"]} == {len(tokenizer.decode([*prompts[0], 300]))}
-    assert (often.status_code, often.json()["error"]["param"]) == (400, "echo")
+    for refused in (often, scored):
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "echo")
     assert len(api.engine.requests) == len(prompts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 import tokenizers
 from tokenizers import decoders, models, normalizers
@@ -17,7 +18,10 @@ BOS = SPECIAL_TOKENS[0]
 
 def offsets(token_ids: list[int], tokenizer: Tokenizer, text: str | None) -> list[int]:
     entries = [TokenLogprob(token_id, -1.0, []) for token_id in token_ids[1:]]
-    return CompletionLogprobsFormatter(tokenizer).push_prompt(token_ids, entries, text).text_offset
+    pieces = [msgspec.msgpack.encode(piece) for piece in (entries[:2], entries[2:])]
+    prompt = CompletionLogprobsFormatter(tokenizer).push_prompt(token_ids, pieces, text)
+    assert len(prompt.tokens) == len(prompt.top_logprobs) == len(prompt.text_offset) == len(token_ids)
+    return prompt.text_offset
 
 
 def test_a_bos_that_the_tokenizer_adds_is_no_part_of_the_text() -> None:
