@@ -26,8 +26,8 @@ log = structlog.get_logger(__name__)
 class KeyAligner:
     """Takes a key's traffic, and decides what should be in force for it.
 
-    The owner publishes ``tensors`` whenever ``is_unpublished``, and tells by ``published``. A new aligner goes on from
-    the last good revision on disk.
+    The owner publishes ``tensors`` whenever ``is_unpublished``, and tells by ``published``; it calls ``save`` whenever
+    ``is_unsaved``. A new aligner goes on from the last good revision on disk.
 
     Args:
         key: names the adapter.
@@ -47,6 +47,7 @@ class KeyAligner:
         self.revision = 0  # the revision in force, or to be; 0: the base draft
         self.tensors: dict[str, torch.Tensor] | None = None  # its weights as they are published
         self.is_unpublished = True  # whether they are not in force: they never were, or the engine has lost them
+        self.is_unsaved = False  # whether the state on disk is an older one
         self._is_new = True  # whether they never were
         self._is_own = True  # whether this server has learned them
         self.leads = True  # whether this server learns the key, and no other
@@ -146,21 +147,19 @@ class KeyAligner:
         if self.revision == 0:
             return
         bad = self.revision
-        try:
-            self._store.quarantine(self.state.key, bad)
-        except OSError as error:  # what is bad goes, full disk or not
-            log.warning("a bad adapter cannot be kept aside", key=self.state.key, revision=bad, reason=str(error))
         if bad == self.state.good_revision:
             self.state.good_revision = 0
         self.state.num_rolled_back += 1
         self._go_to(self.state.good_revision)
-        self.save()
+        try:
+            self._store.quarantine(self.state.key, bad)
+            self.save()
+        except OSError as error:  # what is bad goes, full disk or not
+            self.is_unsaved = True
+            log.warning("a bad adapter cannot be kept aside", key=self.state.key, revision=bad, reason=str(error))
 
     def follow(self, tensors: dict[str, torch.Tensor] | None, is_own: bool) -> None:
-        """Put in force what the servers have, None: the base draft, and learn on from it.
-
-        ``is_own``: this server has learned it.
-        """
+        """Put in force what the servers have, None: the base draft, and learn on from it; ``is_own``: learned here."""
         log.info("adapter shared by servers", key=self.state.key, is_base=tensors is None, is_own=is_own)
         if tensors is not None:
             self._put_in_force(tensors)
@@ -178,13 +177,14 @@ class KeyAligner:
         self._go_to(0)
 
     def save(self) -> None:
+        """Keep the state; it stays unsaved where the disk is full, which is an error."""
+        self.is_unsaved = True
         self._store.save_state(self.state)
+        self.is_unsaved = False
 
     def status(self, slot: int | None) -> AdapterStatus:
         state, guard = self.state, self._guard
-        stage: Stage = "adapting"
-        if self._updater.grows:
-            stage = "serving" if self.revision else "growing"
+        stage: Stage = ("serving" if self.revision else "growing") if self._updater.grows else "adapting"
         return AdapterStatus(
             stage=stage,
             revision=self.revision,

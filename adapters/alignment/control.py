@@ -22,7 +22,6 @@ from engine.redis_clients import REDIS_FAILURES, connect
 log = structlog.get_logger(__name__)
 
 _TIMEOUT = 2.0
-_MAX_COMMANDS = 64
 
 
 class ControlChannel:
@@ -37,19 +36,22 @@ class ControlChannel:
         self._redis = connect(url, _TIMEOUT)
         self._commands, self._status = commands_key(stream), status_key(stream)
 
-    def take(self) -> list[AdapterCommand]:
-        """Commands given since the last call; none while Redis is down. They are not given again."""
+    def take(self) -> AdapterCommand | None:
+        """The oldest command, which is not given again; None where there is none, and while Redis is down."""
+        with suppress(*REDIS_FAILURES):
+            while (data := self._redis.lpop(self._commands)) is not None:
+                try:
+                    return msgspec.msgpack.decode(data, type=AdapterCommand)  # type: ignore[arg-type]
+                except msgspec.MsgspecError as error:
+                    log.warning("a command could not be read", error=str(error))
+        return None
+
+    def give_back(self, command: AdapterCommand) -> None:
+        """Have a command that could not be carried out come first again."""
         try:
-            found = self._redis.lpop(self._commands, _MAX_COMMANDS)
-        except REDIS_FAILURES:
-            return []
-        commands = []
-        for data in found or []:
-            try:
-                commands.append(msgspec.msgpack.decode(data, type=AdapterCommand))  # type: ignore[arg-type]
-            except msgspec.MsgspecError as error:
-                log.warning("a command could not be read", error=str(error))
-        return commands
+            self._redis.lpush(self._commands, msgspec.msgpack.encode(command))
+        except REDIS_FAILURES as error:
+            log.error("an adapter command is lost", key=command.key, action=command.action, reason=str(error))
 
     def report(self, worker: WorkerStatus, adapters: Mapping[str, AdapterStatus]) -> None:
         """Replace what is shown; nothing changes while Redis is down."""

@@ -14,14 +14,14 @@ log = structlog.get_logger(__name__)
 
 
 def obey(aligner: KeyAligner, command: AdapterCommand, now: float) -> None:
-    """Do what an operator asks, so that other servers do it, too. ``now``: in the time of the token log.
+    """Do what an operator asks, so that other servers do it, too; the owner saves it. ``now``: by the log's clock.
 
     A reset, and what ends a freeze, moves ``state.learns_after``: what was logged before is not to be learned from.
     """
     log.info("adapter command", key=command.key, action=command.action)
     if command.action == "rollback":
-        aligner.unshared.add("version")  # first, since on a full disk what follows is an error
         aligner.roll_back()
+        aligner.unshared.add("version")
     elif command.action == "reset":
         aligner.forget(now)
         aligner.unshared.add("reset")
@@ -29,7 +29,7 @@ def obey(aligner: KeyAligner, command: AdapterCommand, now: float) -> None:
         aligner.state.is_frozen = command.action == "freeze"
         aligner.state.learns_after = now
         aligner.unshared.add("frozen")
-    aligner.save()
+    aligner.is_unsaved = True
 
 
 def exchange(aligner: KeyAligner, shared: SharedVersions, clock: Callable[[], float]) -> None:

@@ -51,9 +51,9 @@ class Roster:
     def hear(self, key: str, at: float) -> KeyAligner | None:
         """The aligner of a key that was heard of ``at`` seconds of the epoch; None: there is no room for one."""
         if key not in self.aligners:
-            if not self._has_room(at):
+            if problem := self._make_room(at):
                 if not self._has_warned:
-                    log.warning("more busy adapter keys than slots, records are left out", key=key)
+                    log.warning("an adapter key has no slot, records are left out", key=key, reason=problem)
                     self._has_warned = True
                 return None
             self._has_warned = False
@@ -62,16 +62,19 @@ class Roster:
         self._heard_at[key] = max(at, self._heard_at.get(key, at))  # records of a batch may be told twice
         return self.aligners[key]
 
-    def _has_room(self, now: float) -> bool:
-        """Whether there is room for another key, made if that is possible."""
+    def _make_room(self, now: float) -> str:
+        """Have a slot free for another key; why none can be, "": one is."""
         if len(self.aligners) < self._num_slots:
-            return True
+            return ""
         key = next(iter(self.aligners))
         if now - self._heard_at[key] < _IDLE_SECONDS:
-            return False
-        self._leave(key, self.aligners[key])  # first: where the disk is full, it stays
+            return "more busy keys than slots"
+        try:
+            self._leave(key, self.aligners[key])  # first: where the disk is full, it stays
+        except OSError as error:
+            return str(error)
         del self.aligners[key], self._heard_at[key]
-        return True
+        return ""
 
 
 class Intake:

@@ -157,9 +157,7 @@ class AdapterStore:
     def _of(self, key: str) -> Path:
         """A readable start and a hash: keys may have any character, and any length."""
         readable = re.sub(r"[^a-z0-9_-]", "_", key.lower())[:40]
-        directory = self._directory / f"{readable}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-        directory.mkdir(exist_ok=True, mode=0o700)
-        return directory
+        return self._directory / f"{readable}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
     def _path(self, key: str, revision: int) -> Path:
         return self._of(key) / f"revision-{revision}.safetensors"
@@ -171,6 +169,7 @@ def _revision_of(path: Path) -> int:
 
 
 def _write(path: Path, data: bytes) -> None:
+    path.parent.mkdir(exist_ok=True, mode=0o700)
     partial = path.with_name(f"{path.name}.partial")
     with partial.open("wb") as file:
         file.write(data)

@@ -93,10 +93,12 @@ class AdapterWorker:
             give_back_memory()
             # Not woken by the next record: on a busy machine every waking takes a core from the engine.
             time.sleep(self._config.log.interval_seconds)
-        if time.monotonic() - self._ticked_at >= _TICK:
-            self._ticked_at = time.monotonic()
-            self._tick()
-        self._publish()
+        try:
+            if time.monotonic() - self._ticked_at >= _TICK:
+                self._ticked_at = time.monotonic()
+                self._tick()
+        finally:  # what is bad goes, full disk or not
+            self._publish()
 
     def close(self) -> None:
         """Give back what others may want; all versions are on disk already."""
@@ -114,12 +116,17 @@ class AdapterWorker:
                     self._publisher.publish(key, None)  # nobody would watch it
             for aligner in self._roster.aligners.values():
                 aligner.is_unpublished = True
-        for command in self._control.take():
-            self._obey(command)
-        for aligner in self._roster.aligners.values():
-            aligner.tick()
-            self._exchange(aligner)
-        self._report()
+        try:
+            for aligner in self._roster.aligners.values():
+                aligner.tick()
+                self._exchange(aligner)
+            while (command := self._control.take()) is not None:
+                self._obey(command)
+            for aligner in self._roster.aligners.values():
+                if aligner.is_unsaved:
+                    aligner.save()
+        finally:
+            self._report()
 
     def _read(self) -> bool:
         """Take in what the engine logged meanwhile, if the machine allows; whether there was anything."""
@@ -170,10 +177,18 @@ class AdapterWorker:
                 aligner.published(version)
 
     def _obey(self, command: AdapterCommand) -> None:
+        """Carry out a command; where a full disk keeps it from being carried out, it comes again."""
         # A key without a slot obeys too, on disk and at other servers; it gets none by that, since it may be misspelt.
-        aligner = self._roster.aligners.get(command.key) or self._make_aligner(command.key)
-        self._exchange(aligner)  # what the servers have in force is what is taken back
-        obey(aligner, command, self._log_time())
+        with_slot = self._roster.aligners.get(command.key)
+        aligner = with_slot or self._make_aligner(command.key)
+        try:
+            self._exchange(aligner)  # what the servers have in force is what is taken back
+            obey(aligner, command, self._log_time())
+            if with_slot is None:
+                aligner.save()
+        except OSError:
+            self._control.give_back(command)
+            raise
         self._exchange(aligner)
 
     def _exchange(self, aligner: KeyAligner) -> None:

@@ -6,8 +6,8 @@
 STREAM is the key of the token log, which no other engine has.
 
 Both hold MessagePack: ``AdapterCommand``; ``WorkerStatus`` and ``AdapterStatus``. A command waits as long as no worker
-runs; it is carried out at most once. The worker writes the hash anew each second, in one transaction; it counts as gone
-when ``WorkerStatus.updated_at`` is some seconds old.
+runs, or its disk is full; it is carried out at most once. The worker writes the hash anew each second, in one
+transaction; it counts as gone when ``WorkerStatus.updated_at`` is some seconds old.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import os
 import random
 import time
@@ -17,7 +16,6 @@ import pytest
 import torch
 from redis import Redis
 
-from adapters.alignment import store as store_module
 from adapters.alignment import worker as worker_program
 from adapters.alignment.aligner import KeyAligner
 from adapters.alignment.pace import Pacer
@@ -259,27 +257,6 @@ def test_operators_are_obeyed(config: AdaptersConfig, draft: TinyDraft, answers:
     step_until(worker, lambda: status(config).num_updates == 0 and engine.version("t") == 0)
     assert not status(config).is_frozen
     assert store_files(config, "*.safetensors") == []
-    worker.close()
-
-
-def test_a_full_disk_ends_no_worker(
-    config: AdaptersConfig, draft: TinyDraft, answers: list[Answer], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What cannot be kept is not put in force, until it can."""
-    monkeypatch.setattr(worker_program, "_DISK_PATIENCE", 0.01)
-    engine, worker = MadeUpEngine(config, draft.drafter, draft.base), eager_worker(config, draft)
-    failures = []
-
-    def fail(*_: object) -> None:
-        failures.append(1)
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as full:
-        full.setattr(store_module, "_write", fail)
-        engine.serve(answers[:64])
-        worker.run(lambda: len(failures) > 3)
-        assert engine.version("t") == 0
-    serve_until_published(engine, worker, answers, 1)
     worker.close()
 
 

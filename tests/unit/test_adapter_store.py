@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from functools import partial
@@ -68,6 +69,17 @@ def test_damaged_and_foreign_files_are_as_if_not_there(tmp_path: Path) -> None:
         assert store.load("key", 1) is None
     next(tmp_path.glob("key-*/state.json")).write_bytes(b"{")
     assert store.load_state("key") == KeyState("key")
+
+
+def test_a_key_is_read_where_nothing_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = AdapterStore(tmp_path, LAYOUT)
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "mkdir", fail)
+    assert store.load_state("key") == KeyState("key")
+    assert store.load("key", 1) is None
 
 
 def test_quarantine_keeps_three(tmp_path: Path) -> None:

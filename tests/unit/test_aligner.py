@@ -167,18 +167,43 @@ def test_bad_revision_is_taken_back_once(key: Key) -> None:
     assert key.store.load("key", 2) is None
 
 
-def test_bad_revision_is_in_force_no_more_where_the_disk_is_full(key: Key, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing can be made there, the directory of the quarantine included."""
+def put_a_good_one_in_force(key: Key) -> None:
+    """The first revision, after the base draft."""
     key.count(0, True, 256)
     key.decide()
     key.aligner.published(1)
+    key.count(1, True, 256)
+    key.aligner.tick()
+    assert key.aligner.state.good_revision == 1
+
+
+def test_a_good_revision_that_turns_out_to_be_bad_is_good_no_more(key: Key) -> None:
+    """The one before it is gone: there is none to return to."""
+    put_a_good_one_in_force(key)
+    key.count(1, False, 256)
+    assert (key.aligner.revision, key.aligner.state.good_revision, key.aligner.is_unsaved) == (0, 0, False)
+    assert key.store.load_state("key").good_revision == 0
+
+
+@pytest.mark.parametrize("fails", ["quarantine", "save_state"])
+def test_bad_revision_is_in_force_no_more_where_the_disk_is_full(
+    key: Key, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    """Nothing can be made there, the directory of the quarantine included. It may have been good before."""
+    put_a_good_one_in_force(key)
 
     def fail(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(AdapterStore, "quarantine", fail)
-    key.count(1, False, 256)
-    assert (key.aligner.revision, key.aligner.tensors, key.aligner.is_unpublished) == (0, None, True)
+    with monkeypatch.context() as full:
+        full.setattr(AdapterStore, fails, fail)
+        key.count(1, False, 256)
+    aligner = key.aligner
+    assert (aligner.revision, aligner.tensors, aligner.is_unpublished, aligner.is_unsaved) == (0, None, True, True)
+    aligner.save()
+    assert not aligner.is_unsaved
+    kept = key.store.load_state("key")
+    assert (kept.good_revision, kept.num_rolled_back) == (0, 1)
 
 
 def test_an_operators_rollback_is_for_all_servers_where_the_disk_is_full(
@@ -191,9 +216,8 @@ def test_an_operators_rollback_is_for_all_servers_where_the_disk_is_full(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(AdapterStore, "save_state", fail)
-    with pytest.raises(OSError, match="No space"):
-        obey(key.aligner, AdapterCommand("rollback", "key"), 0.0)
-    assert (key.aligner.tensors, key.aligner.unshared) == (None, {"version"})
+    obey(key.aligner, AdapterCommand("rollback", "key"), 0.0)
+    assert (key.aligner.tensors, key.aligner.unshared, key.aligner.is_unsaved) == (None, {"version"}, True)
 
 
 def test_worker_killed_while_it_publishes_finds_a_good_revision(key: Key, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,6 +329,7 @@ def test_an_idle_machine_learns_from_all_that_comes(key: Key, monkeypatch: pytes
 
 def test_what_comes_while_a_key_is_frozen_is_not_learned_later(key: Key) -> None:
     obey(key.aligner, AdapterCommand("freeze", "key"), 0.0)
+    assert key.aligner.is_unsaved
     for number, answer in enumerate(key.answers):
         key.aligner.add(answer.segment(f"{number}"))
     assert not key.aligner.wants_work
