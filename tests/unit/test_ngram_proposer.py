@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
@@ -11,8 +13,8 @@ from structlog.testing import capture_logs
 from engine.draft_vocab.running_texts import RunningTexts
 from engine.messages import SamplingParams
 from engine.request import Request
-from engine.speculation.drafters.lookup import MIN_MATCH, NgramProposer
-from engine.speculation.length.policy import LengthPolicy
+from engine.speculation.drafters.lookup import MIN_MATCH, NgramProposer, PromptLookup
+from engine.speculation.length.policy import Chain, Draftable, LengthPolicy
 from engine.speculation.speculator import Speculator
 from engine.step_plan import DraftSlot, ScheduledSequence
 from engine.verification import Verification
@@ -65,6 +67,35 @@ def test_what_is_forgotten_is_read_anew() -> None:
     proposer.forget(request)
     request.all_token_ids = [1, 2, 3, 5, 1, 2, 3]
     assert propose(proposer, request, 1) == [5]
+
+
+class RecordingPolicy(LengthPolicy):
+    """Keeps what it is told became of drafts and of copies."""
+
+    def __init__(self) -> None:
+        self.drafts, self.copies = list[Sequence[bool]](), list[Sequence[bool]]()
+
+    def record_drafts(self, sequence: Draftable, chain: Chain, outcomes: Sequence[bool]) -> None:
+        self.drafts.append(outcomes)
+
+    def record_copy(self, sequence: Draftable, outcomes: Sequence[bool]) -> None:
+        self.copies.append(outcomes)
+
+
+@pytest.mark.parametrize("is_preempted", [False, True])
+def test_drafts_of_a_preempted_request_are_not_judged_by_what_it_computes_when_it_is_back(is_preempted: bool) -> None:
+    """What was drafted and what could be copied belonged to the step that it has lost."""
+    texts, policy = RunningTexts(8), RecordingPolicy()
+    speculator = Speculator(NgramProposer(texts), policy, 4, PromptLookup(texts))
+    request = Request("r", b"", "t", SAMPLING, [1, 2, 3, 9, 1, 2, 3])
+    lengths = speculator.draft_lengths([request], [4], 0)
+    speculator.draft([DraftSlot(request, lengths[0], array("i"))])
+    assert request.draft_token_ids == [9, 1, 2, 3]
+    if is_preempted:
+        request.draft_token_ids = []
+        speculator.preempted(request)
+    speculator._judge([Verification(ScheduledSequence.of(request, 1 + len(request.draft_token_ids)), 0, kept=[7])])
+    assert policy.drafts == policy.copies == ([] if is_preempted else [[False]])
 
 
 def test_copies_that_are_wrong_are_no_sign_of_a_bad_draft() -> None:
