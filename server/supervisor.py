@@ -205,4 +205,7 @@ def _die_with_parent() -> None:
 
 
 def _describe(code: int) -> str:
-    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    if code >= 0:
+        return f"exit code {code}"
+    names: dict[int, str] = {number: number.name for number in signal.Signals}  # most real-time signals have none
+    return f"killed by {names.get(-code, f'signal {-code}')}"
