@@ -31,7 +31,7 @@ def spec_from_directory(directory: Path) -> ModelSpec:
         ModelError: unsupported architecture or feature; missing, corrupt or truncated file or tensor.
     """
     spec, quantization = read_config(directory)
-    _check_tensors(directory, spec, quantization)
+    checked_tensors(directory, spec, quantization)
     return spec
 
 
@@ -108,19 +108,21 @@ def read_header(path: Path) -> Header:
         raise ModelError(f"{path}: corrupt or truncated: {error}") from error
 
 
-def _check_tensors(directory: Path, spec: ModelSpec, quantization: Quantization | None) -> None:
-    stored: dict[str, tuple[Path, tuple[int, ...], str | None]] = {}
+def checked_tensors(directory: Path, spec: ModelSpec, quantization: Quantization | None) -> dict[str, tuple[Path, str]]:
+    """File and name of each stored tensor; ``ModelError`` where one that the model needs is not there, in shape."""
+    stored: dict[str, tuple[Path, str, tuple[int, ...], str | None]] = {}
     family = family_of(spec.architecture)
     for path in weight_files(directory):
-        stored |= {plain_name(name, family): (path, *info) for name, info in read_header(path).items()}
+        stored |= {plain_name(name, family): (path, name, *info) for name, info in read_header(path).items()}
     for name, (types, wanted) in sorted(_wanted(spec, quantization, stored).items()):
         if name not in stored:
             raise ModelError(f"{directory}: tensor {name!r} is missing")
-        path, shape, dtype = stored[name]
+        path, _, shape, dtype = stored[name]
         if shape != wanted and (wanted or prod(shape) != 1):  # a scalar may be a list of one
             raise ModelError(f"{path}: tensor {name!r} has the shape {shape}, must be {wanted}")
         if dtype not in types:
             raise ModelError(f"{path}: tensor {name!r} has the unsupported type {dtype}")
+    return {name: (path, stored_name) for name, (path, stored_name, *_) in stored.items()}
 
 
 def _wanted(spec: ModelSpec, quantization: Quantization | None, stored: Container[str]) -> dict[str, Part]:

@@ -15,14 +15,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from gguf.constants import GGMLQuantizationType
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from engine.models.config import ModelError, ModelFiles
 from engine.models.families.known import family_of
 from engine.models.gguf_file import GGUFFile, GGUFTensor
 from engine.models.gguf_spec import gguf_tensor_names, spec_from_gguf
 from engine.models.quantization.base import Matrix
-from engine.models.safetensors_spec import plain_name, read_config, read_header, weight_files
+from engine.models.safetensors_spec import checked_tensors, read_config
 from engine.models.stored_tensors import StoredRows, stored_rows
 from engine.tensor_parallel.ranks import Ranks
 
@@ -117,11 +117,9 @@ class _SafetensorsWeights(WeightSource):
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         spec, self._quantization = read_config(directory)
-        family = family_of(spec.architecture)
         self._places = stored_rows(spec, stacks_experts=False)
-        self._norm_offset = family.norm_offset
-        headers = {path: read_header(path) for path in weight_files(directory)}
-        self._stored = {plain_name(name, family): (path, name) for path, header in headers.items() for name in header}
+        self._norm_offset = family_of(spec.architecture).norm_offset
+        self._stored = checked_tensors(directory, spec, self._quantization)  # the files may be others than before
         self._last: tuple[str, Matrix] | None = None
         """The matrix that was read last: its next rows are probably read next"""
         self._open: dict[Path, Any] = {}
@@ -174,14 +172,17 @@ class _SafetensorsWeights(WeightSource):
         path, stored_name = self._stored[name]
         if self._num_mapped > _MAPPED_BYTES:
             self._open, self._num_mapped = {}, 0
-        if (file := self._open.get(path)) is None:
-            file = self._open[path] = safe_open(path, framework="pt")
-        stored = file.get_slice(stored_name)
         within = slice(rows.start, rows.stop)  # steps it cannot read
-        if index is not None:
-            tensor = stored[index, :, within].T if has_columns_first else stored[index, within]
-        else:
-            tensor = stored[...] if rows == ALL else stored[within]
+        try:
+            if (file := self._open.get(path)) is None:
+                file = self._open[path] = safe_open(path, framework="pt")
+            stored = file.get_slice(stored_name)
+            if index is not None:
+                tensor = stored[index, :, within].T if has_columns_first else stored[index, within]
+            else:
+                tensor = stored[...] if rows == ALL else stored[within]
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{path}: tensor {stored_name!r} cannot be read any more: {error}") from error
         self._num_mapped += tensor.nbytes
         read: torch.Tensor = tensor[:: rows.step] if rows.step else tensor
         return read

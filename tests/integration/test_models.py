@@ -8,9 +8,11 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
+from safetensors.torch import load_file, save_file
 
 from engine.models.config import ModelError
 from engine.models.decoder import TorchDecoder
+from engine.models.registry import validate_model_files
 from engine.models.weights import ALL, open_weights
 from tests.reference_logits import PagedSequences, check_logits, load, logits_of, transformers_model
 from tests.tiny_models import VOCAB_SIZE, make_directory, make_gguf
@@ -105,3 +107,21 @@ def test_unknown_tensor_is_an_error(tmp_path: Path) -> None:
             open_weights(files).dequantized("model.layers.9.mlp.up_proj.weight")
         with pytest.raises(ModelError, match="no tensor 'lm_tail"):
             open_weights(files).quantized("lm_tail.weight")
+
+
+def test_files_that_change_after_they_were_validated_are_refused(tmp_path: Path) -> None:
+    """Before their weights are read, and while they are."""
+    files, name = make_directory(tmp_path / "model"), "model.layers.1.mlp.up_proj.weight"
+    validate_model_files(files)
+    path = files.path / "model.safetensors"
+    whole, sources = path.read_bytes(), [open_weights(files) for _ in range(2)]
+    save_file({key: tensor for key, tensor in load_file(path).items() if key != name}, path)
+    with pytest.raises(ModelError, match=rf"model\.safetensors: tensor '{name}' cannot be read any more"):
+        sources[0].dequantized(name)
+    with pytest.raises(ModelError, match=f"tensor '{name}' is missing"):
+        open_weights(files)
+    path.unlink()
+    with pytest.raises(ModelError, match=rf"model\.safetensors: tensor '{name}' cannot be read any more"):
+        sources[1].dequantized(name)
+    path.write_bytes(whole)
+    assert open_weights(files).dequantized(name).isfinite().all()
