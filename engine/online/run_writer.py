@@ -68,8 +68,10 @@ class RunWriter:
         )
         self.stats = self._log.stats
         """What has become of the records."""
-        self._max_block = config.log.ring_rows // 4
-        self._max_context = min(config.log.context_tokens, self._max_block)
+        self.max_block = config.log.ring_rows // 4
+        """Rows that runs have at most to be written together, a context has at most, and steps are written at: with a
+        last step of ``MAX_COPIED_TOKENS`` more, a run fits into the smallest ring."""
+        self._max_context = min(config.log.context_tokens, self.max_block)
         self._look_at, self._num_lost, self._lost_at = 0.0, 0, -math.inf
         """When to look around, how many records were lost so far, and when the last ones were."""
 
@@ -108,7 +110,7 @@ class RunWriter:
 
     def _store(self, rows: torch.Tensor, lengths: Sequence[int]) -> list[tuple[int, int]]:
         """Write rows [T, width] to the ring: slot of the first of each chunk of such a length, and its generation."""
-        if len(rows) > self._max_block:
+        if len(rows) > self.max_block:
             return [self._ring.write(part) for part in rows.split_with_sizes(list(lengths))]
         slot, generation = self._ring.write(rows)
         return [(slot + first, generation) for first in accumulate(lengths[:-1], initial=0)]

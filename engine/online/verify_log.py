@@ -138,7 +138,7 @@ class VerifyLog:
                 state.unwritten.add(record, one.sequence.block_ids)
             if state.unwritten is not None:
                 is_last = one.truncation is not None and one.truncation.finish_reason is not None
-                is_time |= is_last or state.unwritten.are_enough(now)
+                is_time |= is_last or state.unwritten.are_enough(now, self._writer.max_block)
         if is_time:
             self._write([one.request for one in steps])
 

@@ -125,9 +125,10 @@ class UnwrittenSteps:
         self.records.append(record)
         self.block_ids = block_ids[:]
 
-    def are_enough(self, now: float) -> bool:
-        """Whether they are to be written now: they are many, or wait for long."""
-        return len(self.records) >= _STEPS_AT_ONCE or now - self.began_at >= _MOST_SECONDS
+    def are_enough(self, now: float, max_tokens: int) -> bool:
+        """Whether they are to be written now: they are many, have as many tokens as that, or wait for long."""
+        are_many = len(self.records) >= _STEPS_AT_ONCE or self.next_position - self.start > max_tokens
+        return are_many or now - self.began_at >= _MOST_SECONDS
 
     @property
     def next_position(self) -> int:

@@ -1,0 +1,92 @@
+"""What the engine logs of a request finds room in the smallest ring, however many of its drafts are right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from engine.adapters_config import AdaptersConfig, TokenLogConfig
+from engine.config import MAX_COPIED_TOKENS
+from engine.messages import SamplingParams
+from engine.online import run_writer
+from engine.online.feature_ring import FeatureRingReader
+from engine.online.run_writer import RunWriter
+from engine.online.token_log import TokenLogStats
+from engine.online.verify_log import VerifyLog
+from engine.online.verify_record import VerifyRecord
+from engine.request import Request
+from engine.speculation.drafters.kv import Chunk
+from engine.step_plan import ScheduledSequence
+from engine.verification import Verification
+
+LEAST_ROWS, WIDTH = 64, 4
+NUM_PROMPT_TOKENS = 100
+
+
+class CheckedLog:
+    """In place of the token log: each record's rows must be in the ring when it comes. Counts records."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        self.stats = TokenLogStats()
+        self.reader: FeatureRingReader | None = None
+
+    def log(self, record: VerifyRecord) -> None:
+        assert self.reader is not None
+        first, count = record.position - 1 - record.num_context, record.num_context + record.num_features
+        slots = torch.arange(count) + record.feature_slot - record.num_context
+        rows, valid = self.reader.read(slots, torch.full_like(slots, record.feature_generation))
+        assert valid.all()
+        assert rows[:, 0].tolist() == [position % 128 for position in range(first, first + count)]
+        self.stats.num_written += 1
+
+
+def rows_of(chunks: Sequence[Chunk]) -> torch.Tensor:
+    """[T, WIDTH] that tell the position."""
+    positions = torch.cat([torch.arange(len(chunk.token_ids)) + chunk.start for chunk in chunks])
+    return (positions % 128).float()[:, None].expand(-1, WIDTH)
+
+
+def take_step(log: VerifyLog, request: Request, num_accepted: int) -> None:
+    """Draft so many tokens, which are right, and commit them."""
+    request.draft_token_ids = [5] * num_accepted
+    kept = [*request.draft_token_ids, 6]
+    step = ScheduledSequence.of(request, len(kept))
+    log.write([Verification(step, 0, kept=kept, num_accepted=num_accepted)], torch.zeros(len(kept), 32), {})
+    request.all_token_ids += kept
+    request.num_computed_tokens += len(kept)
+
+
+@example([0] * 15 + [MAX_COPIED_TOKENS])
+@example([0] * 16 + [MAX_COPIED_TOKENS])
+@example([MAX_COPIED_TOKENS] * 40)
+@given(st.lists(st.integers(0, MAX_COPIED_TOKENS), min_size=1, max_size=40))
+def test_steps_of_any_length_fit_into_the_smallest_ring(accepted: list[int]) -> None:
+    with TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_writer, "TokenLog", CheckedLog)
+        options = TokenLogConfig(ring_rows=LEAST_ROWS, top_k=2)
+        config = AdaptersConfig(redis_url="redis://nowhere", shared_directory=Path(directory), log=options)
+        writer = RunWriter(config, WIDTH, rows_of, lambda _: None)
+        checked: Any = writer._log
+        checked.reader = FeatureRingReader(config.ring_path)
+        adapters: Any = SimpleNamespace(config=config, is_control=lambda _: True)
+        log = VerifyLog(adapters, writer)
+        request = Request("r", b"", "t", SamplingParams(max_tokens=9, seed=0), [7] * NUM_PROMPT_TOKENS)
+        request.num_computed_tokens = NUM_PROMPT_TOKENS - 1
+        for number in accepted:
+            take_step(log, request, number)
+        log.forget(request)
+        assert checked.stats.num_written == len(accepted)
+
+
+def test_a_smaller_ring_is_refused() -> None:
+    with pytest.raises(ValidationError, match="ring_rows"):
+        TokenLogConfig(ring_rows=LEAST_ROWS - 1)
