@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from array import array
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+import msgspec
+import numpy as np
 import torch
+from numpy.typing import DTypeLike, NDArray
 
 from kernels.upload import upload
 
 
-@dataclass(frozen=True)
-class ForwardBatch:
+class ForwardBatch(msgspec.Struct, frozen=True):
     """Tokens of all sequences of one step, laid end to end.
 
     T tokens, B sequences, L rows whose logits are wanted. Sequence b owns the token rows
@@ -47,7 +50,7 @@ class ForwardBatch:
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
         """Its tensors by name, in order."""
-        return {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return {name: value for name, value in msgspec.structs.asdict(self).items() if isinstance(value, torch.Tensor)}
 
     def on(self, device: torch.device) -> ForwardBatch:
         """The same on a device; itself on the CPU, where it must be."""
@@ -58,8 +61,43 @@ class ForwardBatch:
         return ForwardBatch(**placed, num_prefilling=self.num_prefilling, on_host=self)
 
 
-@dataclass(frozen=True)
-class Features:
+class FlatTokens(NamedTuple):
+    """The tokens of some sequences laid end to end, as the fields of ``ForwardBatch``."""
+
+    token_ids: list[int]
+    positions: list[int]
+    query_start_loc: list[int]
+    seq_lens: list[int]
+    block_ids: list[array[int]]
+    slot_mapping: list[int]
+    logits_indices: list[int]
+
+    def batch(self, block_tables: NDArray[np.int32], num_prefilling: int = 0) -> ForwardBatch:
+        """The same on the CPU; ``block_tables`` of ``block_ids``."""
+
+        def tensor(values: list[int], dtype: DTypeLike = np.int32) -> torch.Tensor:
+            return torch.from_numpy(np.array(values, dtype))
+
+        return ForwardBatch(
+            token_ids=tensor(self.token_ids),
+            positions=tensor(self.positions),
+            query_start_loc=tensor(self.query_start_loc),
+            seq_lens=tensor(self.seq_lens),
+            block_tables=torch.from_numpy(block_tables),
+            slot_mapping=tensor(self.slot_mapping),
+            logits_indices=tensor(self.logits_indices, np.int64),
+            num_prefilling=num_prefilling,
+        )
+
+
+def padded_block_tables(block_ids: Sequence[array[int]]) -> NDArray[np.int32]:
+    """[B, most blocks of any] int32 of the blocks of B sequences, unused entries 0."""
+    num_bytes = max(map(len, block_ids)) * np.dtype(np.int32).itemsize
+    tables = bytearray().join([of_sequence.tobytes().ljust(num_bytes, b"\0") for of_sequence in block_ids])
+    return np.frombuffer(tables, np.int32).reshape(len(block_ids), -1)
+
+
+class Features(msgspec.Struct, frozen=True):
     """What a draft sees of a step's T tokens."""
 
     values: torch.Tensor
@@ -68,8 +106,7 @@ class Features:
     """[T] int32, where each token's key and value are"""
 
 
-@dataclass(frozen=True)
-class ForwardOutput:
+class ForwardOutput(msgspec.Struct, frozen=True):
     """What a model computes for a batch of T tokens."""
 
     hidden: torch.Tensor

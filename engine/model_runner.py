@@ -5,14 +5,12 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Sequence
 from itertools import takewhile
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from engine.attention.base import AttentionSpec
-from engine.batch import Features, ForwardBatch
+from engine.batch import Features, FlatTokens, ForwardBatch, padded_block_tables
 from engine.config import CacheConfig
 from engine.loader import LoadedModel
 from engine.machine import free_memory
@@ -60,7 +58,7 @@ class ModelRunner:
             features of all tokens, if layers are captured.
         """
         if self._graphs is not None:
-            output, batch = self._graphs.forward(build_batch(sequences, self._block_size), capture)
+            output, batch = self._graphs.forward(lay_out(sequences, self._block_size), capture)
         else:
             num_prefilling = sum(1 for _ in takewhile(lambda sequence: not sequence.decodes, reversed(sequences)))
             batch = build_batch(sequences, self._block_size, self._device, num_prefilling)
@@ -85,13 +83,6 @@ class BatchSequence(Protocol):
     def block_ids(self) -> array[int]: ...
 
 
-def padded_block_tables(block_ids: Sequence[array[int]]) -> npt.NDArray[np.int32]:
-    """[B, most blocks of any] int32 of the blocks of B sequences, unused entries 0."""
-    num_bytes = max(map(len, block_ids)) * np.dtype(np.int32).itemsize
-    tables = bytearray().join([of_sequence.tobytes().ljust(num_bytes, b"\0") for of_sequence in block_ids])
-    return np.frombuffer(tables, np.int32).reshape(len(block_ids), -1)
-
-
 def slots_of(block_ids: Sequence[int], begin: int, end: int, block_size: int) -> Sequence[int]:
     """Where the KV of a sequence's positions begin .. end - 1 is: block * block_size + offset."""
     block = begin // block_size
@@ -101,33 +92,24 @@ def slots_of(block_ids: Sequence[int], begin: int, end: int, block_size: int) ->
     return [block_ids[p // block_size] * block_size + p % block_size for p in range(begin, end)]
 
 
-class FlatTokens(NamedTuple):
-    """The tokens of some sequences laid end to end, as the fields of ``ForwardBatch``."""
-
-    token_ids: list[int]
-    positions: list[int]
-    query_start_loc: list[int]
-    seq_lens: list[int]
-    slot_mapping: list[int]
-    logits_indices: list[int]
-
-
 def lay_out(sequences: Iterable[BatchSequence], block_size: int) -> FlatTokens:
     """Lay the sequences' tokens end to end.
 
     By Python lists: nearly every step has a few tokens, where they are several times faster than arrays.
     """
-    flat = FlatTokens([], [], [0], [], [], [])
-    token_ids, positions, ends, seq_lens, slots, wanted = flat
+    flat = FlatTokens([], [], [0], [], [], [], [])
+    token_ids, positions, ends, seq_lens, blocks, slots, wanted = flat
     for sequence in sequences:
-        start, tokens = sequence.start, sequence.token_ids
+        start, tokens, block_ids = sequence.start, sequence.token_ids, sequence.block_ids
         end = start + len(tokens)
         token_ids += tokens
         positions += range(start, end)
-        slots += slots_of(sequence.block_ids, start, end, block_size)
-        ends.append(len(token_ids))
+        slots += slots_of(block_ids, start, end, block_size)
+        num_tokens = len(token_ids)
+        wanted += range(num_tokens - sequence.num_logits, num_tokens)
+        ends.append(num_tokens)
         seq_lens.append(end)
-        wanted += range(len(token_ids) - sequence.num_logits, len(token_ids))
+        blocks.append(block_ids)
     return flat
 
 
@@ -136,21 +118,7 @@ def build_batch(
 ) -> ForwardBatch:
     """The sequences' tokens, and which blocks they have."""
     flat = lay_out(sequences, block_size)
-
-    def tensor(values: list[int] | npt.NDArray[np.int32], dtype: npt.DTypeLike = np.int32) -> torch.Tensor:
-        return torch.from_numpy(np.asarray(values, dtype=dtype))
-
-    batch = ForwardBatch(
-        token_ids=tensor(flat.token_ids),
-        positions=tensor(flat.positions),
-        query_start_loc=tensor(flat.query_start_loc),
-        seq_lens=tensor(flat.seq_lens),
-        block_tables=tensor(padded_block_tables([sequence.block_ids for sequence in sequences])),
-        slot_mapping=tensor(flat.slot_mapping),
-        logits_indices=tensor(flat.logits_indices, np.int64),
-        num_prefilling=num_prefilling,
-    )
-    return batch.on(device)
+    return flat.batch(padded_block_tables(flat.block_ids), num_prefilling).on(device)
 
 
 def attention_spec(loaded: LoadedModel, cache: CacheConfig, num_blocks: int) -> AttentionSpec:

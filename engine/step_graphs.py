@@ -11,15 +11,16 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from engine.attention.base import AttentionBackend
-from engine.batch import ForwardBatch, ForwardOutput
+from engine.batch import FlatTokens, ForwardBatch, ForwardOutput, padded_block_tables
 from engine.gpu_memory import GRAPH_SIZES
 from engine.loader import CausalLM
 from kernels.upload import FixedMemory
@@ -55,29 +56,22 @@ class CudaGraphRecorder:
         return graph.replay, output
 
 
-def padded(batch: ForwardBatch, size: int, spare_block: int, block_size: int) -> ForwardBatch:
-    """A batch on the CPU with ``size`` tokens, sequences and rows whose logits are wanted, its own first.
+def padded(flat: FlatTokens, size: int, spare_block: int, block_size: int) -> ForwardBatch:
+    """A batch on the CPU of ``size`` tokens, sequences and rows whose logits are wanted, the given ones first.
 
-    Further tokens are sequences of one token in ``spare_block``; sequences further than those have no token. A batch
-    has no more sequences than tokens, so there is one for each.
+    Further tokens, which are added to the lists, are sequences of one token in ``spare_block``; sequences further than
+    those have no token. There are no more sequences than tokens, so there is one for each.
     """
-    ends = _filled_up(batch.query_start_loc, size + 1, size)
-    num_tokens, own = len(batch.token_ids), len(batch.query_start_loc)
-    ends[own : own + size - num_tokens] = torch.arange(num_tokens + 1, size + 1)
-    return ForwardBatch(
-        token_ids=_filled_up(batch.token_ids, size, 0),
-        positions=_filled_up(batch.positions, size, 0),
-        query_start_loc=ends,
-        seq_lens=_filled_up(batch.seq_lens, size, 1),
-        block_tables=_filled_up(batch.block_tables, size, spare_block),
-        slot_mapping=_filled_up(batch.slot_mapping, size, spare_block * block_size),
-        logits_indices=_filled_up(batch.logits_indices, size, 0),
-        num_prefilling=batch.num_prefilling,
-    )
-
-
-def _filled_up(rows: torch.Tensor, size: int, value: int) -> torch.Tensor:
-    return torch.from_numpy(filled_up(rows.numpy(), size, value))
+    token_ids, positions, ends, seq_lens, block_ids, slots, wanted = flat
+    num_missing = size - len(token_ids)
+    ends += range(len(token_ids) + 1, size + 1)
+    ends += [size] * (size + 1 - len(ends))
+    token_ids += [0] * num_missing
+    positions += [0] * num_missing
+    slots += [spare_block * block_size] * num_missing
+    seq_lens += [1] * (size - len(seq_lens))
+    wanted += [0] * (size - len(wanted))
+    return flat.batch(filled_up(padded_block_tables(block_ids), size, spare_block))
 
 
 def filled_up(rows: NDArray[Any], size: int, value: int) -> NDArray[Any]:
@@ -131,22 +125,22 @@ class StepGraphs:
         self._spare_block = attention.spec.num_blocks - 1
         self._graphs: dict[tuple[int, tuple[int, ...]], _Graph] = {}
 
-    def forward(self, batch: ForwardBatch, capture: Sequence[int] = ()) -> tuple[ForwardOutput, ForwardBatch]:
-        """As the model's ``forward`` of a batch on the CPU.
+    def forward(self, flat: FlatTokens, capture: Sequence[int] = ()) -> tuple[ForwardOutput, ForwardBatch]:
+        """As the model's ``forward``, of tokens that may be padded in place.
 
         Returns:
             the output, and the batch's flat tensors on the device; both are valid until the next step.
         """
-        num_tokens, num_wanted, spec = len(batch.token_ids), len(batch.logits_indices), self._attention.spec
+        num_tokens, num_wanted, spec = len(flat.token_ids), len(flat.logits_indices), self._attention.spec
         if num_tokens > GRAPH_SIZES[-1]:
-            batch = batch.on(spec.device)
+            batch = flat.batch(padded_block_tables(flat.block_ids)).on(spec.device)
             return self._model.forward(batch, self._attention, capture), batch
         size = GRAPH_SIZES[bisect_left(GRAPH_SIZES, num_tokens)]
-        more = padded(batch, size, self._spare_block, spec.block_size)
+        more = padded(flat, size, self._spare_block, spec.block_size)
         graph = self._graphs.get((size, tuple(capture)))
         if graph is None:
             graph = self._graphs[size, tuple(capture)] = self._make(more, capture)
-        graph.memory.write(*_arrays(more))
+        graph.memory.write(*read_by_graphs(more))
         placed = _on_device(more, graph.memory)
         graph.attention.plan(placed)
         graph.replay()  # after recording too: a capture computes nothing
@@ -157,14 +151,14 @@ class StepGraphs:
 
     def _make(self, batch: ForwardBatch, capture: Sequence[int]) -> _Graph:
         attention = self._attention.fixed(len(batch.token_ids), self._max_blocks)
-        memory = FixedMemory(self._attention.spec.device, *_arrays(batch))
+        memory = FixedMemory(self._attention.spec.device, *read_by_graphs(batch))
         own = _on_device(batch, memory)
         attention.plan(own)
         replay, output = self._record(lambda: self._model.forward(own, Planned(attention), capture))
         return _Graph(attention, memory, replay, output)
 
 
-def _arrays(batch: ForwardBatch) -> list[NDArray[Any]]:
+def read_by_graphs(batch: ForwardBatch) -> list[NDArray[Any]]:
     """What a graph reads of a batch, slots as int64; the rest is in the plan of its attention."""
     read = batch.token_ids, batch.positions, batch.slot_mapping.long(), batch.logits_indices
     return [tensor.numpy() for tensor in read]

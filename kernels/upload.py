@@ -7,7 +7,7 @@ by side in pinned memory, which torch keeps until the copy is done.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -40,8 +40,7 @@ class FixedMemory:
 
 def _packed(arrays: Sequence[NDArray[Any]], device: torch.device) -> torch.Tensor:
     """Arrays side by side: uint8 [n] on the CPU, pinned where they go on to a GPU."""
-    places = zip(arrays, pairwise(_starts(arrays)), strict=True)
-    side_by_side = bytearray().join([array.tobytes().ljust(end - start) for array, (start, end) in places])
+    side_by_side = bytearray().join([array.tobytes().ljust(_room(array)) for array in arrays])
     block = torch.empty(len(side_by_side), dtype=torch.uint8, pin_memory=device.type == "cuda")
     block.numpy().data[:] = side_by_side
     return block
@@ -57,7 +56,8 @@ def _parts(block: torch.Tensor, arrays: Sequence[NDArray[Any]]) -> list[torch.Te
 
 def _starts(arrays: Sequence[NDArray[Any]]) -> list[int]:
     """Where each array begins, and where the last one ends."""
-    starts = [0]
-    for array in arrays:
-        starts.append(starts[-1] + -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT)
-    return starts
+    return list(accumulate(map(_room, arrays), initial=0))
+
+
+def _room(array: NDArray[Any]) -> int:
+    return -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from msgspec import structs
 
 from engine.attention.base import AttentionBackend, AttentionSpec
 from engine.attention.native_cpu import NativeAttention
@@ -81,7 +82,7 @@ def hidden_by_position(
         owners = torch.repeat_interleave(torch.tensor([i for i in (0, 1) if counts[i]]), batch.query_start_loc.diff())
         batch.token_ids.copy_(tokens[owners, batch.positions])
         num_prefilling = int((batch.positions[batch.query_start_loc[:-1]] < prompt).sum())
-        hidden = model.forward(replace(batch, num_prefilling=num_prefilling), attention).hidden
+        hidden = model.forward(structs.replace(batch, num_prefilling=num_prefilling), attention).hidden
         places = zip(owners.tolist(), batch.positions.tolist(), strict=True)
         rows.update({place: hidden[row].clone() for row, place in enumerate(places)})
     return torch.stack([rows[place] for place in sorted(rows)])

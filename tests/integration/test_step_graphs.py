@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace
 
 from engine.attention.base import AttentionBackend, AttentionSpec
 from engine.attention.flashinfer import FlashInferAttention
 from engine.attention.torch_paged import TorchPagedAttention
-from engine.batch import ForwardBatch, ForwardOutput
+from engine.batch import FlatTokens, ForwardBatch, ForwardOutput
 from engine.gpu_memory import GRAPH_SIZES
 from engine.models.decoder import TorchDecoder, load_model
 from engine.models.registry import validate_model_files
@@ -73,6 +74,13 @@ def with_tokens(batch: ForwardBatch, generator: torch.Generator, vocab_size: int
     return replace(batch, token_ids=tokens.to(batch.token_ids.device))
 
 
+def laid_out(batch: ForwardBatch) -> FlatTokens:
+    """A batch as the lists that it could have been made of."""
+    lists = {name: tensor.tolist() for name, tensor in batch.tensors.items()}
+    block_ids = [array("i", blocks) for blocks in lists.pop("block_tables")]
+    return FlatTokens(**lists, block_ids=block_ids)
+
+
 def largest_difference(
     model: TorchDecoder, graphs: StepGraphs, plain: AttentionBackend, sequences: RaggedSequences
 ) -> float:
@@ -80,7 +88,8 @@ def largest_difference(
     generator, worst = torch.Generator().manual_seed(3), 0.0
     for counts in STEPS * 3:
         batch = with_tokens(sequences.step(counts), generator, model.spec.vocab_size)
-        (ours, _), theirs = graphs.forward(batch, LAYERS), model.forward(batch.on(plain.spec.device), plain, LAYERS)
+        ours, _ = graphs.forward(laid_out(batch), LAYERS)
+        theirs = model.forward(batch.on(plain.spec.device), plain, LAYERS)
         assert ours.features is not None
         assert theirs.features is not None
         for one, other in ((ours.hidden, theirs.hidden), (ours.features, theirs.features)):
@@ -103,7 +112,7 @@ def test_padding_touches_nobodys_block(counts: list[int]) -> None:
     sequences = RaggedSequences(4, MAX_LEN, BLOCK_SIZE)
     batch, spare = sequences.step(counts), sequences.num_blocks
     size = next(size for size in GRAPH_SIZES if size >= len(batch.token_ids))
-    more = padded(batch, size, spare, BLOCK_SIZE)
+    more = padded(laid_out(batch), size, spare, BLOCK_SIZE)
     tokens, owners = len(batch.token_ids), len(batch.seq_lens)
     assert len(more.token_ids) == len(more.positions) == len(more.slot_mapping) == len(more.seq_lens) == size
     assert more.query_start_loc[-1] == size  # every plan of a graph has as many rows
@@ -123,7 +132,7 @@ def test_steps_too_large_for_a_graph_run_plainly(tmp_path: Path) -> None:
 
     graphs = StepGraphs(model, FixedTorchAttention(spec), sequences.num_blocks, refuse)
     batch = sequences.step([128, 1 + GRAPH_SIZES[-1] - 128])
-    assert len(graphs.forward(batch, LAYERS)[0].hidden) == 1 + GRAPH_SIZES[-1]
+    assert len(graphs.forward(laid_out(batch), LAYERS)[0].hidden) == 1 + GRAPH_SIZES[-1]
 
 
 @gpu

@@ -14,10 +14,10 @@ from engine.attention import flashinfer
 from engine.attention.base import AttentionBackend, AttentionSpec
 from engine.attention.native_cpu import NativeAttention
 from engine.attention.torch_paged import TorchPagedAttention
-from engine.batch import Features, ForwardBatch
+from engine.batch import Features, ForwardBatch, padded_block_tables
 from engine.config import CacheConfig
 from engine.loader import LoadedModel
-from engine.model_runner import build_batch, lay_out, padded_block_tables
+from engine.model_runner import build_batch, lay_out
 from engine.models.eagle3 import Eagle3
 from engine.models.native_decoder import NativeDecoder
 from engine.models.native_eagle3 import NativeEagle3
@@ -207,7 +207,7 @@ class EagleProposer(Proposer):
             *(flat.token_ids, flat.positions, flat.slot_mapping, flat.query_start_loc, flat.seq_lens, before, g),
             lora=self._lora(chunk.request for chunk in chunks for _ in chunk.token_ids),
         )
-        tables = padded_block_tables([chunk.block_ids for chunk in chunks])
+        tables = padded_block_tables(flat.block_ids)
         self._head.draft_chains(chain, unread, slots, tables, self._lora(slot.request for slot in slots), stop)
 
     def _lora(self, of_rows: Iterable[Request]) -> LoraRows | None:

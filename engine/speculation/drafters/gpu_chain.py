@@ -10,25 +10,26 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from engine.attention.base import AttentionBackend
-from engine.batch import ForwardBatch
+from engine.batch import ForwardBatch, padded_block_tables
 from engine.config import MAX_SPECULATIVE_TOKENS
 from engine.gpu_memory import CHAIN_SIZES, GRAPH_SIZES
-from engine.model_runner import build_batch, padded_block_tables
+from engine.model_runner import lay_out
 from engine.online.adapters import EagleAdapters
 from engine.request import Request
 from engine.sampling.choose import row_sampling
 from engine.speculation.drafters.eagle_network import EagleNetwork
 from engine.speculation.drafters.gpu_head import GpuHead
-from engine.speculation.drafters.kv import Chunk, one_token_each
-from engine.step_graphs import CudaGraphRecorder, Planned, Replay, filled_up, padded
+from engine.speculation.drafters.kv import Chunk
+from engine.step_graphs import CudaGraphRecorder, Planned, Replay, filled_up, padded, read_by_graphs
 from engine.step_plan import DraftSlot
 from kernels.batched_lora import LoraRows
 from kernels.choose_tokens import GpuRows, RowSampling, choice_arrays
@@ -102,12 +103,10 @@ class GpuChain:
             chunks: the tokens; for which ``can_read``.
             g_slots: the slot of the position before each.
         """
-        batch = build_batch(chunks, self._block_size)
-        num_tokens, num_wanted = len(batch.token_ids), len(batch.logits_indices)
-        size = GRAPH_SIZES[bisect_left(GRAPH_SIZES, num_tokens)]
-        more = padded(batch, size, self._spare_block, self._block_size)
-        flat = more.token_ids, more.positions, more.slot_mapping.long(), more.logits_indices
-        arrays: list[NDArray[Any]] = [tensor.numpy() for tensor in flat]
+        flat = lay_out(chunks, self._block_size)
+        num_wanted, size = len(flat.logits_indices), GRAPH_SIZES[bisect_left(GRAPH_SIZES, len(flat.token_ids))]
+        more = padded(flat, size, self._spare_block, self._block_size)
+        arrays = read_by_graphs(more)
         arrays.append(filled_up(np.array(g_slots, np.int64), size, self._no_slot))
         arrays.append(self._adapter_slots([chunk.request for chunk in chunks for _ in chunk.token_ids], size))
         graph = self._readers.get(size)
@@ -128,13 +127,8 @@ class GpuChain:
         requests, length = [slot.request for slot in slots], max(slot.num_tokens for slot in slots)
         size = CHAIN_SIZES[bisect_left(CHAIN_SIZES, len(slots))]
         sampling = row_sampling([request.sampling for request in requests])
-        plans = self._plans(slots, length, size)
-        arrays: list[NDArray[Any]] = [
-            np.array([plan.slot_mapping.numpy() for plan in plans], np.int64).reshape(-1, size),
-            np.array([plan.positions.numpy() for plan in plans], np.int32).reshape(-1, size),
-            self._head.begin(requests, size),
-            self._adapter_slots(requests, size),
-        ]
+        plans, arrays = self._plans(slots, length, size)
+        arrays += self._head.begin(requests, size), self._adapter_slots(requests, size)
         if sampling is not None:
             arrays += _noise(sampling, [request.num_tokens for request in requests], length, size)
         key = size, length, sampling is not None
@@ -153,23 +147,29 @@ class GpuChain:
             slot.request.draft_token_ids += tokens[: slot.num_tokens]
         self._head.learn_from(requests, [slot.num_tokens for slot in slots], block.numpy())
 
-    def _plans(self, slots: Sequence[DraftSlot], length: int, size: int) -> list[ForwardBatch]:
+    def _plans(
+        self, slots: Sequence[DraftSlot], length: int, size: int
+    ) -> tuple[list[ForwardBatch], list[NDArray[np.integer[Any]]]]:
         """Where the tokens of the second and further places in the chains go.
 
         Those without room, and those of a row too many, go to the spare block.
+
+        Returns:
+            of each place what attention is planned from, and what graphs read: slots and positions, [places, size].
         """
-        count, token_ids = len(slots), np.zeros(size, np.int32)
         of_slots = padded_block_tables([slot.block_ids for slot in slots])
-        wanted = np.array([slot.num_tokens for slot in slots])
-        first = np.array([slot.request.num_tokens - self._network.shift for slot in slots], np.int32)
-        plans = []
-        for place in range(1, length):
-            is_live, positions = wanted > place, np.zeros(size, np.int32)
-            tables = np.full((size, of_slots.shape[1]), self._spare_block, np.int32)
-            np.copyto(positions[:count], first + (place - 1), where=is_live)
-            np.copyto(tables[:count], of_slots, where=is_live[:, None])
-            plans.append(one_token_each(token_ids, positions, tables, self._block_size))
-        return plans
+        count, places, block_size = len(slots), np.arange(length - 1)[:, None], self._block_size
+        is_live = np.array([slot.num_tokens for slot in slots]) > places + 1
+        first = np.array([slot.request.num_tokens - self._network.shift for slot in slots])
+        positions = np.zeros((length - 1, size), np.int32)
+        tables = np.full((length - 1, size, of_slots.shape[1]), self._spare_block, np.int32)
+        np.copyto(positions[:, :count], first + places, where=is_live)
+        np.copyto(tables[:, :count], of_slots, where=is_live[..., None])
+        entries = tables[places, np.arange(size), positions // block_size] * block_size + positions % block_size
+        by_place = (map(torch.from_numpy, values) for values in (positions, positions + 1, tables))
+        ends = torch.from_numpy(np.arange(size + 1, dtype=np.int32))
+        plans = [ForwardBatch(at, at, ends, lengths, ids, at, at) for at, lengths, ids in zip(*by_place, strict=True)]
+        return plans, [entries.astype(np.int64), positions]
 
     def _adapter_slots(self, requests: Sequence[Request], size: int) -> NDArray[Any]:
         """[size] int32: whose adapter each row has; -1: none."""

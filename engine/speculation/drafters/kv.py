@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from engine.batch import Features, ForwardBatch
-from engine.model_runner import padded_block_tables, slots_of
+from engine.batch import Features, ForwardBatch, padded_block_tables
+from engine.model_runner import slots_of
 from engine.request import Request
 from engine.speculation.drafters.eagle_network import EagleNetwork
 from engine.step_plan import DraftSlot, ScheduledSequence
