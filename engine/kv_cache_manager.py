@@ -112,7 +112,7 @@ class KVCacheManager:
         ``cached``: of a request without blocks, those that ``cached_blocks`` has found since blocks were given last.
         False if there are too few free blocks; nothing was changed.
         """
-        if num_tokens_total <= self.num_slots(request):
+        if num_tokens_total <= len(request.block_ids) * self.block_size:
             return True
         missing = max(self.num_blocks_for(num_tokens_total) - len(request.block_ids) - len(cached), 0)
         num_new = missing + self._num_unused(cached)
@@ -126,7 +126,8 @@ class KVCacheManager:
 
     def after_commit(self, request: Request) -> None:
         """Offer the blocks filled by computed tokens to later requests, and give back those that it reads no more."""
-        if self.prefix_caching and not request.is_synthetic:
+        num_full = request.num_computed_tokens // self.block_size
+        if num_full > request.num_registered_blocks and self.prefix_caching and not request.is_synthetic:
             self._register(request)
         if self._window is None:
             return

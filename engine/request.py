@@ -71,6 +71,8 @@ class Request:
     arrived_at: float = field(default_factory=time.monotonic)
     queue_seconds: float = 0.0
     """From its arrival to its first admission."""
+    max_kv_tokens: int = 0
+    """Slots that it can come to need: for every token but the last that it may generate."""
     num_output_at_admission: int = 0
     """Output tokens when it was admitted last."""
     num_preemptions: int = 0

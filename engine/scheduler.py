@@ -139,15 +139,16 @@ class Scheduler:
         if not self._is_here(request):
             return
         # All kept tokens but the last are accepted drafts, whose KV this step has written.
-        num_computed = sequence.start + sequence.num_known + max(len(kept_token_ids) - 1, 0)
-        if not (kept_token_ids or finished or num_computed < request.num_tokens):
-            raise ValueError(f"request {request.request_id!r} needs a new token")
-        request.num_computed_tokens = num_computed
-        request.draft_token_ids = []
+        num_computed = sequence.start + sequence.num_known
         if kept_token_ids:
+            num_computed += len(kept_token_ids) - 1
             request.output_token_ids += kept_token_ids
             request.all_token_ids += kept_token_ids
             self._waiting.charge(request.tenant, OUTPUT_TOKEN_SERVICE * len(kept_token_ids))
+        elif not finished and num_computed >= request.num_tokens:
+            raise ValueError(f"request {request.request_id!r} needs a new token")
+        request.num_computed_tokens = num_computed
+        request.draft_token_ids = []
         self._kv.after_commit(request)
         if finished:
             self._finish(request)
@@ -200,17 +201,13 @@ class Scheduler:
                 f"the prompt has {num_prompt} tokens; with at least one token of output the model's "
                 f"limit is {self._max_model_len}"
             )
+        request.max_kv_tokens = min(num_prompt + max(request.sampling.max_tokens, 1), self._max_model_len) - 1
         num_slots = self._kv.num_blocks * self._kv.block_size
-        if self._max_kv_tokens(request) > num_slots:
+        if request.max_kv_tokens > num_slots:
             raise RequestTooLong(
                 f"prompt ({num_prompt} tokens) and max_tokens ({request.sampling.max_tokens}) "
                 f"exceed the whole KV cache of {num_slots} tokens"
             )
-
-    def _max_kv_tokens(self, request: Request) -> int:
-        """Slots the request can come to need: every token but the last it may generate."""
-        max_output = max(request.sampling.max_tokens, 1)
-        return min(len(request.prompt_token_ids) + max_output, self._max_model_len) - 1
 
     def _plan_decodes(self) -> dict[Request, int]:
         """One token for each running sequence that lacks just one, which is not of its prompt."""
@@ -258,7 +255,7 @@ class Scheduler:
         num_joining = self._num_joining(len(requests))
         if num_joining:
             budget //= 2
-        limits = [self._max_kv_tokens(request) - request.num_tokens for request in requests]
+        limits = [request.max_kv_tokens - request.num_tokens for request in requests]
         lengths = drafter.draft_lengths(requests, limits, num_joining)
         num_drafting = sum(length > 0 for length in lengths)
         slots: list[DraftSlot] = []

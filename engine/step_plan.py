@@ -39,17 +39,15 @@ class ScheduledSequence(msgspec.Struct, frozen=True):
     @classmethod
     def of(cls, request: Request, num_tokens: int) -> ScheduledSequence:
         """The next ``num_tokens`` of a request, its drafts after those that it has."""
-        start = request.num_computed_tokens
-        num_known = min(request.num_tokens - start, num_tokens)
-        token_ids = request.all_token_ids[start : start + num_known]
-        num_drafts = num_tokens - num_known
+        known, start = request.all_token_ids, request.num_computed_tokens
+        token_ids = known[start : start + num_tokens]
+        end, num_drafts = start + len(token_ids), num_tokens - len(token_ids)
         if num_drafts:
             token_ids += request.draft_token_ids[:num_drafts]
-        end = start + num_known
         num_prompt_logits = 0
         if request.wants_prompt_logits:
             num_prompt_logits = min(end, len(request.prompt_token_ids) - 1) - start
-        num_sampled = 1 + num_drafts if end == request.num_tokens else 0
+        num_sampled = 1 + num_drafts if end == len(known) else 0
         num_logits = num_prompt_logits + num_sampled
         return cls(request, start, token_ids, num_drafts, num_prompt_logits, num_logits, request.block_ids)
 
@@ -70,7 +68,7 @@ class ScheduledSequence(msgspec.Struct, frozen=True):
 
     @property
     def draft_token_ids(self) -> list[int]:
-        return self.token_ids[self.num_known :]
+        return self.token_ids[len(self.token_ids) - self.num_draft_tokens :]
 
 
 class DraftSlot(msgspec.Struct, frozen=True):
