@@ -6,8 +6,8 @@ from collections import defaultdict
 from collections.abc import Iterable
 from uuid import uuid4
 
-import msgspec
 import structlog
+from msgspec.structs import replace
 
 from engine.config import EngineConfig
 from engine.gpu_memory import gpu_reserve
@@ -146,7 +146,7 @@ class EngineCore:
         return _COMPILING_PATIENCE if self._grammars.waiting else _IDLE_PATIENCE
 
     def stats(self) -> EngineStats:
-        stats = msgspec.structs.replace(self._scheduler.stats(), nonfinite_sequences=self._num_nonfinite)
+        stats = replace(self._scheduler.stats(), nonfinite_sequences=self._num_nonfinite)
         return self._speculator.add_stats(stats) if self._speculator else stats
 
     def step(self) -> tuple[Outputs, StepTimings | None]:
@@ -240,43 +240,48 @@ class EngineCore:
                 self._scheduler.commit(one.sequence, [], finished=False)
 
     def _commit(self, one: Verification, choice: SampledSequence, truncation: Truncation) -> EngineOutput:
-        request, kept = one.request, one.kept
+        request, kept = one.sequence.request, one.kept
         finish_reason = truncation.finish_reason or (None if choice.is_finite else "error")
-        finished = finish_reason is not None
-        is_first = not request.output_token_ids
-        self._scheduler.commit(one.sequence, kept, finished)
-        if finish_reason == "error":
-            self._num_nonfinite += 1
-            log.error("logits are not finite", request=request.request_id, num_tokens=request.num_tokens)
-        elif not finished and request.grammar is not None:
-            request.grammar.commit(kept)
-        snapshot, counts = self._speculator.finish(request) if finished and self._speculator else (None, None)
+        is_first, copied = not request.output_token_ids, one.source == "lookup"
+        self._scheduler.commit(one.sequence, kept, finished=finish_reason is not None)
         logprobs = None if choice.logprobs is None else choice.logprobs[: truncation.num_kept]
         if logprobs is not None and self._speculator is not None:
             logprobs = self._speculator.with_sources(one, logprobs)
-        prompt_logprobs, request.prompt_logprobs = request.prompt_logprobs, None
+        # What few outputs have comes later: a call with more than 15 names takes several times as long.
         output = EngineOutput(
             request_id=request.client_request_id,
             token_ids=kept,
             logprobs=logprobs,
-            prompt_logprobs=prompt_logprobs,
-            embedding=take_embedding(request) if is_first else None,
             finish_reason=finish_reason,
-            error=_NOT_FINITE if finish_reason == "error" else None,
             stop_reason=truncation.stop_reason,
             text_length=truncation.text_length,
             num_cached_tokens=request.num_cached_tokens,
-            queue_seconds=request.queue_seconds if is_first else 0.0,
             num_draft_tokens=one.sequence.num_draft_tokens,
             num_accepted_tokens=one.num_accepted,
             draft_version=request.draft_state.adapter.version,
-            copied=one.source == "lookup",
-            num_predicted_tokens=sum(are_predicted(one)),
-            session_snapshot=snapshot,
-            vocabulary=counts,
+            copied=copied,
+            num_predicted_tokens=sum(are_predicted(one)) if copied else 0,
         )
-        if finished:
-            self._forget(request.request_id, request)
+        if is_first:
+            prompt_logprobs, request.prompt_logprobs = request.prompt_logprobs, None
+            embedding, seconds = take_embedding(request), request.queue_seconds
+            output = replace(output, prompt_logprobs=prompt_logprobs, embedding=embedding, queue_seconds=seconds)
+        if finish_reason is not None:
+            return self._finish(request, output)
+        if request.grammar is not None:
+            request.grammar.commit(kept)
+        return output
+
+    def _finish(self, request: Request, output: EngineOutput) -> EngineOutput:
+        """A request has ended: its last output, with what only that says."""
+        if output.finish_reason == "error":
+            self._num_nonfinite += 1
+            log.error("logits are not finite", request=request.request_id, num_tokens=request.num_tokens)
+            output = replace(output, error=_NOT_FINITE)
+        if self._speculator is not None:
+            snapshot, counts = self._speculator.finish(request)
+            output = replace(output, session_snapshot=snapshot, vocabulary=counts)
+        self._forget(request.request_id, request)
         return output
 
     def _forget(self, engine_id: str, request: Request | None) -> None:
