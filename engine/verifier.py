@@ -42,19 +42,18 @@ class Verifier:
         numbers = list(map(num_choosable, sequences))
         first_rows: list[int] = []
         rows: list[SamplingRows] = []
-        places: list[int] = []
         end = 0
         for sequence, number in zip(sequences, numbers, strict=True):
-            start, end = end, end + sequence.num_logits
-            first_row = end - sequence.num_sampled
-            first_rows.append(first_row)
-            if sequence.request.wants_prompt_logits:
+            request, start, end = sequence.request, end, end + sequence.num_logits
+            first_rows.append(start + sequence.num_prompt_logits)
+            if request.wants_prompt_logits:
                 collect_prompt_logprobs(sequence, logits[start:end])
             if number:
-                rows.append(SamplingRows(sequence.request, sequence.draft_token_ids[: number - 1]))
-                places += range(first_row, first_row + number)
-        if rows and len(places) < len(logits):
-            logits = logits[upload(logits.device, np.array(places))[0]]
+                rows.append(SamplingRows(request, sequence.draft_token_ids[: number - 1]))
+        if rows and sum(numbers) < len(logits):
+            chosen = zip(first_rows, numbers, strict=True)
+            places = np.array([row for first, number in chosen for row in range(first, first + number)])
+            logits = logits[upload(logits.device, places)[0]]
         sampled = iter(self._sampler.sample(logits, rows) if rows else ())
         choices = [next(sampled) if number else None for number in numbers]
         return list(map(_judge, sequences, first_rows, choices))

@@ -22,6 +22,11 @@ _MIN_TEMPERATURE = 1e-5
 """Less counts as 0: dividing logits by it could overflow float32, and only the largest has a chance long before."""
 
 
+def is_greedy(params: SamplingParams) -> bool:
+    """Whether the largest logit is taken."""
+    return params.temperature < _MIN_TEMPERATURE
+
+
 def all_greedy(params: Sequence[SamplingParams]) -> bool:
     """Whether every row takes its largest logit."""
     return max([one.temperature for one in params], default=0.0) < _MIN_TEMPERATURE
@@ -32,7 +37,7 @@ def row_sampling(params: Sequence[SamplingParams]) -> RowSampling | None:
     if all_greedy(params):
         return None
     return RowSampling(
-        temperatures=[0.0 if p.temperature < _MIN_TEMPERATURE else p.temperature for p in params],
+        temperatures=[0.0 if is_greedy(p) else p.temperature for p in params],
         seeds=[p.seed for p in params],
         top_k=[p.top_k for p in params],
         top_p=[p.top_p for p in params],

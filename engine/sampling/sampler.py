@@ -8,7 +8,7 @@ and a draft token is accepted exactly when it is the choice (drafter-invariant v
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import accumulate, islice, pairwise
+from itertools import accumulate, islice
 
 import msgspec
 import torch
@@ -83,10 +83,7 @@ class Sampler:
             if state.edits_logits:
                 edits.add_sequence(start, request, sequence.draft_token_ids, state)
         choices = self._choose(logits, edits, *_sampling_and_positions(rows))
-        accepted = [
-            _accept(sequence.draft_token_ids, choices[start:end])
-            for sequence, (start, end) in zip(rows, pairwise(starts), strict=True)
-        ]
+        accepted = [_accept(one.draft_token_ids, choices, start) for one, start in zip(rows, starts, strict=False)]
         are_finite = [kept[-1] != _NO_TOKEN for kept in accepted]
         accepted = [kept if is_finite else kept[:-1] for kept, is_finite in zip(accepted, are_finite, strict=True)]
         logprobs = self._logprobs(logits, starts, rows, accepted)
@@ -121,12 +118,14 @@ class Sampler:
         return logprobs
 
 
-def _accept(draft_token_ids: Sequence[int], choices: list[int]) -> list[int]:
-    """The choices up to and including the first that differs from its draft, or all of them."""
-    for index, draft_token_id in enumerate(draft_token_ids):
-        if choices[index] != draft_token_id:
-            return choices[: index + 1]
-    return choices
+def _accept(draft_token_ids: Sequence[int], choices: list[int], start: int) -> list[int]:
+    """The choices from ``start`` on, up to and including the first that differs from its draft."""
+    end = start + 1
+    for draft_token_id in draft_token_ids:
+        if choices[end - 1] != draft_token_id:
+            break
+        end += 1
+    return choices[start:end]
 
 
 def _sampling_and_positions(rows: list[SamplingRows]) -> tuple[RowSampling | None, list[int]]:

@@ -14,7 +14,7 @@ from engine.config import MAX_COPIED_TOKENS, MAX_SPECULATIVE_TOKENS
 from engine.draft_vocab.vocab import DraftVocab, most_likely
 from engine.messages import EngineStats, TokenLogprob, TokenSource, VocabularyCounts
 from engine.request import Request
-from engine.sampling.choose import all_greedy
+from engine.sampling.choose import is_greedy
 from engine.speculation.drafters.base import Proposer
 from engine.speculation.drafters.lookup import PromptLookup, are_predicted
 from engine.speculation.length.policy import Chain, LengthPolicy
@@ -69,7 +69,7 @@ class Speculator:
             request.draft_state.copy = copy
             one.tenant, one.num_unread = request.tenant, self._proposer.num_unread(request)
             one.limit = min(limit, self._max_tokens) if drafts else 0
-            one.greedy, one.repeat = all_greedy([request.sampling]), () if copy is None else copy.levels
+            one.greedy, one.repeat = is_greedy(request.sampling), () if copy is None else copy.levels
         return self._policy.lengths(sequences, num_joining)
 
     def draft(self, slots: Sequence[DraftSlot]) -> None:
@@ -156,7 +156,8 @@ class Speculator:
         """
         first_right: dict[str, bool | None] = {}
         for one in verified:
-            state = one.request.draft_state
+            request = one.sequence.request
+            state = request.draft_state
             chain, copy = state.chain, state.copy
             state.chain = state.copy = None
             if not one.kept:
@@ -166,7 +167,7 @@ class Speculator:
             if chain is not None:
                 outcomes, is_copied = _outcomes(chain.token_ids, one.kept), state.draftable.is_copied
                 self._policy.record_drafts(state.draftable, chain, outcomes)
-                first_right[one.request.request_id] = None if is_copied else outcomes[0]
+                first_right[request.request_id] = None if is_copied else outcomes[0]
                 if not is_copied and state.source == "draft":
                     self._alarm.record(sum(outcomes))
         return first_right
@@ -242,10 +243,8 @@ def _drop_forbidden(requests: Sequence[Request]) -> None:
 
 def _outcomes(drafts: Sequence[int], chosen: Sequence[int]) -> list[bool]:
     """Whether each draft is what the target chose, up to the first that is not."""
-    for place, (draft, token_id) in enumerate(zip(drafts, chosen, strict=False)):
-        if draft != token_id:
-            return [True] * place + [False]
-    return [True] * min(len(drafts), len(chosen))
+    outcomes = [draft == token_id for draft, token_id in zip(drafts, chosen, strict=False)]
+    return outcomes[: outcomes.index(False) + 1] if False in outcomes else outcomes
 
 
 class AcceptanceAlarm:

@@ -9,7 +9,7 @@ NOT RUN on a GPU so far (docs/decisions/006-cuda-graphs.md).
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,7 +108,7 @@ class GpuChain:
         more = padded(flat, size, self._spare_block, self._block_size)
         arrays = read_by_graphs(more)
         arrays.append(filled_up(np.array(g_slots, np.int64), size, self._no_slot))
-        arrays.append(self._adapter_slots([chunk.request for chunk in chunks for _ in chunk.token_ids], size))
+        arrays.append(self._adapter_slots((chunk.request for chunk in chunks for _ in chunk.token_ids), size))
         graph = self._readers.get(size)
         if graph is None:
             graph = self._readers[size] = self._record_reader(more, arrays)
@@ -171,7 +171,7 @@ class GpuChain:
         plans = [ForwardBatch(at, at, ends, lengths, ids, at, at) for at, lengths, ids in zip(*by_place, strict=True)]
         return plans, [entries.astype(np.int64), positions]
 
-    def _adapter_slots(self, requests: Sequence[Request], size: int) -> NDArray[Any]:
+    def _adapter_slots(self, requests: Iterable[Request], size: int) -> NDArray[Any]:
         """[size] int32: whose adapter each row has; -1: none."""
         slots = [] if self._adapters is None else self._adapters.slots_of(requests)
         return filled_up(np.array(slots, np.int32), size, -1)

@@ -61,7 +61,7 @@ class DraftKvTracker:
         budget = max(MAX_CATCH_UP_TOKENS, TOKENS_EACH * len(slots))
         chunks: list[Chunk] = []
         ready: list[DraftSlot] = []
-        for slot in sorted(slots, key=lambda slot: self._num_unseen(slot.request)):
+        for slot in sorted(slots, key=lambda slot: slot.request.num_tokens - slot.request.draft_state.num_entries):
             token_ids = slot.request.all_token_ids
             start = self._skip_complete(slot)
             end = min(len(token_ids), start + budget)
@@ -90,7 +90,7 @@ class DraftKvTracker:
 
     def num_behind(self, request: Request) -> int:
         """Tokens without an entry, but for the few that are new with every draft; shared blocks are not looked at."""
-        return max(self._num_unseen(request) - TOKENS_EACH, 0)
+        return max(request.num_tokens - request.draft_state.num_entries - TOKENS_EACH, 0)
 
     def outdate(self) -> None:
         """The draft has other weights: no entry that is there already is taken over by a new sequence."""
@@ -99,9 +99,6 @@ class DraftKvTracker:
     def forget(self, request: Request) -> None:
         """A request has lost its blocks; of these the knowledge stays."""
         request.draft_state.num_entries = 0
-
-    def _num_unseen(self, request: Request) -> int:
-        return request.num_tokens - request.draft_state.num_entries
 
     def _skip_complete(self, slot: DraftSlot) -> int:
         """Tokens with an entry, those included that another sequence has computed in a shared block.
@@ -228,7 +225,8 @@ class FeatureStore:
             end = start + len(chunk.token_ids)
             if start < 0:
                 slots.append(self.before_first)
-            slots += slots_of(chunk.block_ids, max(start, 0), end, block_size)
+                start = 0
+            slots += slots_of(chunk.block_ids, start, end, block_size)
         return slots
 
     def _write(self) -> None:
