@@ -198,19 +198,17 @@ class Sessions:
             logits = logits_of(*step.included())
             self._library.evo_sessions_score(self.handle, step.pointer, POINTER(logits.data_ptr()))
 
-    def take_drafts(
-        self, block: NDArray[np.int32], columns: int, sessions: Sequence[int], lengths: Sequence[int]
-    ) -> None:
+    def take_drafts(self, block: torch.Tensor, columns: int, sessions: Sequence[int], lengths: Sequence[int]) -> None:
         """Drafts that a GPU has scored, in place of ``score``.
 
         Args:
-            block: that of ``DraftedRounds``.
+            block: that of ``DraftedRounds``, on the CPU.
             columns: candidates of each draft.
             sessions: of the first rows; -1 for none. No other row has one.
             lengths: drafts of each of these rows.
         """
-        rows = block.shape[1] // drafted_ints(columns)
-        scored = ScoredStruct(len(block), rows, columns, block.ctypes.data)
+        rounds, width = block.shape
+        scored = ScoredStruct(rounds, width // drafted_ints(columns), columns, block.data_ptr())
         slots, drafts = array("i", sessions), array("i", lengths)
         self._library.evo_sessions_take_drafts(
             self.handle, ctypes.byref(scored), len(slots), address_of(slots), address_of(drafts)

@@ -6,7 +6,7 @@ hold is in ``kernels.native_sessions``, which is called for whole batches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -144,13 +144,16 @@ class DraftVocab:
         self.sessions.score(self.texts.texts, step, logits_of)
         return step.best
 
-    def follow(self, verified: Sequence[Verification], top_k: TopK, later: Collection[str] = ()) -> None:
+    def follow(
+        self, verified: Sequence[Verification], top_k: TopK, begins_later: Callable[[Request], bool] = lambda _: False
+    ) -> None:
         """Follow a verified step. A sequence for which nothing was drafted is left for later: that is cheaper.
 
         Args:
             verified: all sequences of the step, not committed yet.
             top_k: called for rows where the target's own choices are wanted.
-            later: requests whose first token does not bring them a vocabulary: they get one when they are drafted for.
+            begins_later: whether a request's first token does not bring it a vocabulary: it gets one when it is drafted
+                for.
         """
         self._ends.clear()
         followed: list[Verification] = []
@@ -162,7 +165,7 @@ class DraftVocab:
             has_session = request.draft_state.session != NONE
             is_followed = has_session and one.source == "draft"
             if not has_session and not request.output_token_ids:
-                is_followed = num_begun < MOST_BEGUN and request.request_id not in later and self._begin(request)
+                is_followed = num_begun < MOST_BEGUN and not begins_later(request) and self._begin(request)
                 num_begun += is_followed
                 self._past.recall(request)  # what it said before is copied from, with a vocabulary or without
             if is_followed:

@@ -126,7 +126,7 @@ class Speculator:
         seconds = 0.0
         if self._vocab is not None:
             started = time.perf_counter()
-            self._vocab.follow(verified, likely or most_likely(logits), self._begun_later(verified))
+            self._vocab.follow(verified, likely or most_likely(logits), self._may_never_draft)
             seconds = time.perf_counter() - started
         if self._drafting_seconds is not None:
             self._policy.record_seconds(self._drafting_seconds + seconds)
@@ -140,10 +140,9 @@ class Speculator:
         if self._verify_log is not None:
             self._verify_log.record_step(seconds)
 
-    def _begun_later(self, verified: Sequence[Verification]) -> list[str]:
-        """The new requests that get a vocabulary only when they are drafted for, because that may well never be."""
-        new = (one.request for one in verified if not one.request.output_token_ids)
-        return [request.request_id for request in new if not self._policy.drafts_for_most(request.tenant)]
+    def _may_never_draft(self, request: Request) -> bool:
+        """Whether a new request gets a vocabulary only when it is drafted for, because that may well never be."""
+        return not self._policy.drafts_for_most(request.tenant)
 
     def _judge(self, verified: Sequence[Verification]) -> dict[str, bool | None]:
         """Tell the policy what became of the drafts.

@@ -90,10 +90,14 @@ class Harness:
         """A step that keeps ``tokens``."""
         request.draft_token_ids = list(drafts)
         verified = [verification(request, tokens, len(drafts))]
-        self.vocab.follow(verified, lambda rows: np.tile(self.top, (len(rows), 1)), self.later)
+        self.vocab.follow(verified, self.most_likely, lambda request: request.request_id in self.later)
         request.output_token_ids += tokens
         request.all_token_ids += tokens
         request.draft_token_ids = []
+
+    def most_likely(self, rows: Sequence[int]) -> NDArray[np.int32]:
+        """The target's choices at each of some rows."""
+        return np.tile(self.top, (len(rows), 1))
 
     def tail(self, request: Request) -> set[int]:
         """What is in the request's slab when it drafts."""

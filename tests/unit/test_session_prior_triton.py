@@ -101,7 +101,7 @@ def test_priors_are_the_cpus(order: int, with_graph: bool, own_head: bool) -> No
         assert best.tolist() == step.best
         drafted.chosen(place).copy_(torch.from_numpy(on_gpu.drafts[place]))
     assert num_new > 0
-    on_gpu.sessions.take_drafts(block.cpu().numpy(), COLUMNS, ROWS, [PLACES] * len(ROWS))
+    on_gpu.sessions.take_drafts(block.cpu(), COLUMNS, ROWS, [PLACES] * len(ROWS))
     on_cpu.learn()
     on_gpu.learn()
     for session in range(3):

@@ -145,7 +145,7 @@ class GpuChain:
         block.copy_(graph.output)
         for slot, tokens in zip(slots, block[:, : len(slots)].T.tolist(), strict=True):
             slot.request.draft_token_ids += tokens[: slot.num_tokens]
-        self._head.learn_from(requests, [slot.num_tokens for slot in slots], block.numpy())
+        self._head.learn_from(requests, [slot.num_tokens for slot in slots], block)
 
     def _plans(
         self, slots: Sequence[DraftSlot], length: int, size: int

@@ -53,10 +53,10 @@ class GpuHead:
         if self._vocab is not None:
             self._vocab.before_drafts(requests)
             states = [request.draft_state for request in requests]
+            sessions = [state.session for state in states]
+            texts = [NONE if state.session == NONE else state.text for state in states]
             rows[0] = self._vocab.num_total
-            rows[0, : len(requests)] = self._vocab.slabs(requests)
-            rows[1, : len(requests)] = [state.session for state in states]
-            rows[2, : len(requests)] = [state.text if state.session != NONE else NONE for state in states]
+            rows[:, : len(requests)] = self._vocab.slabs(requests), sessions, texts
         return rows
 
     def choose(
@@ -83,7 +83,7 @@ class GpuHead:
             best = how.choose(scores, token_ids, least)
         drafted.chosen(place).copy_(best.clamp(min=0))
 
-    def learn_from(self, requests: Sequence[Request], lengths: Sequence[int], block: NDArray[np.int32]) -> None:
+    def learn_from(self, requests: Sequence[Request], lengths: Sequence[int], block: torch.Tensor) -> None:
         """Tell priors what the chains were chosen from: ``DraftedRounds.block``, on the host."""
         if self._prior is not None and self._vocab is not None:
             sessions = [request.draft_state.session for request in requests]
