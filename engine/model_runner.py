@@ -65,7 +65,7 @@ class ModelRunner:
             output = self._model.forward(batch, self._attention, capture)
         collect_embeddings(sequences, output.hidden)
         wanted = batch.logits_indices
-        rows = output.hidden if len(wanted) == len(output.hidden) else output.hidden[wanted]
+        rows = output.hidden if wanted.shape[0] == output.hidden.shape[0] else output.hidden[wanted]
         features = None if output.features is None else Features(output.features, batch.slot_mapping)
         return self._model.compute_logits(rows), features
 

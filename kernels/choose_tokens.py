@@ -119,7 +119,8 @@ def _choose_by_compiled_kernel(
     team: Team | None,
 ) -> list[int]:
     # Python's own arrays: where there are few rows, every call of a tensor library costs more than what it holds.
-    out, undefined = array("q", bytes(8 * len(logits))), array("B", bytes(len(logits)))
+    count = logits.shape[0]
+    out, undefined = array("q", bytes(8 * count)), array("B", bytes(count))
     how = GumbelRows(token_ids=address(token_ids), undefined=undefined.buffer_info()[0])
     if sampling is not None:
         arrays = {"positions": array("q", positions), **sampling.arrays()}

@@ -181,11 +181,12 @@ def has_amx() -> bool:
 
 def linear(team: Team, weight: PackedMatrix, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """x W^T + bias: x [rows, k] bf16 → [rows, n] float32, in ``out`` if given."""
-    out = torch.empty(len(x), weight.n) if out is None else out
-    if len(x) == 0:  # AMX would fault: it has no tiles of no rows
+    count = x.shape[0]
+    out = torch.empty(count, weight.n) if out is None else out
+    if count == 0:  # AMX would fault: it has no tiles of no rows
         return out
     padded = _padded(weight, x)  # named: a copy must outlive the call
-    load_library().evo_linear(team.handle, ctypes.byref(weight.struct), address(padded), len(x), address(out))
+    load_library().evo_linear(team.handle, ctypes.byref(weight.struct), address(padded), count, address(out))
     return out
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -59,8 +60,7 @@ class _Outputs(ctypes.Structure):
     _fields_ = pointers("tokens", "hidden", "confidence")
 
 
-@dataclass(frozen=True)
-class StopRule:
+class StopRule(msgspec.Struct, frozen=True):
     """When chains end early: all at once, where another token of each promises less than it costs.
 
     A chain's next token promises the chance that it and all before it are accepted. Costs are in tokens: those that
@@ -75,8 +75,7 @@ class StopRule:
     """Of another token for each sequence"""
 
 
-@dataclass(frozen=True)
-class UnreadTokens:
+class UnreadTokens(msgspec.Struct, frozen=True):
     """T known tokens that a draft reads before it drafts, laid end to end: the last ones of each of S sequences.
 
     The first of the sequences are those of the chains, in their order.
@@ -100,8 +99,7 @@ class UnreadTokens:
     """What they are adapted by, one a token"""
 
 
-@dataclass(frozen=True)
-class ChainBatch:
+class ChainBatch(msgspec.Struct, frozen=True):
     """B sequences, the longest chain first."""
 
     lengths: Sequence[int]
@@ -128,8 +126,7 @@ class ChainBatch:
     """With ``stop``: [B][the longest chain], chances by place, before it is drafted, if those before it are accepted"""
 
 
-@dataclass(frozen=True)
-class ChainResult:
+class ChainResult(msgspec.Struct, frozen=True):
     """Steps S, as many as were made, and rows B; what is beyond the end of a chain is undefined."""
 
     tokens: NDArray[np.int32]
@@ -175,7 +172,7 @@ class NativeChain:
 
     def run(self, batch: ChainBatch, unread: UnreadTokens) -> ChainResult:
         """Read, and draft."""
-        num_rows, steps, hidden = len(batch.lengths), batch.lengths[0], len(self.norm)
+        num_rows, steps, hidden = len(batch.lengths), batch.lengths[0], self.norm.shape[0]
         only_best = batch.sampling is None and batch.sessions is None and batch.stop is None
         most = self.core.n + (0 if self.tails is None else self.tails.slots)
         count = 1 if only_best else min(self.candidates, most)

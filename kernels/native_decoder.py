@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -85,8 +86,8 @@ class BatchView:
         self._tensors = (positions, query_start_loc, seq_lens, block_tables, slot_mapping)
         if any(t.dtype != torch.int32 or not t.is_contiguous() for t in self._tensors):
             raise ValueError("batch tensors must be contiguous int32")
-        addresses = (address(tensor) for tensor in self._tensors)
-        self.struct = _Batch(len(positions), len(seq_lens), block_tables.shape[1], *addresses, num_prefilling)
+        addresses = [tensor.data_ptr() for tensor in self._tensors]
+        self.struct = _Batch(positions.shape[0], *block_tables.shape, *addresses, num_prefilling)
 
 
 def paged_attention(
@@ -165,18 +166,18 @@ class PassOutputs:
     Args:
         num_tokens: T.
         norm: weight of the final norm, float32 [hidden].
-        captured: [C] int32, ascending: layers whose output is wanted.
+        captured: C layers, ascending, whose output is wanted.
     """
 
-    def __init__(self, num_tokens: int, norm: torch.Tensor, captured: torch.Tensor) -> None:
-        self.hidden = torch.empty(num_tokens, len(norm), dtype=torch.bfloat16)
+    def __init__(self, num_tokens: int, norm: torch.Tensor, captured: Sequence[int]) -> None:
+        hidden, layers = norm.shape[0], array("i", captured)
+        self.hidden = torch.empty(num_tokens, hidden, dtype=torch.bfloat16)
         """[T, hidden] after the final norm"""
-        self.features = torch.empty(num_tokens, len(captured) * len(norm), dtype=torch.bfloat16)
+        self.features = torch.empty(num_tokens, len(layers) * hidden, dtype=torch.bfloat16)
         """[T, C * hidden]: outputs of the captured layers side by side"""
-        self._inputs = norm, captured  # alive as long as their addresses are used
-        self.struct = _PassOutputs(
-            address(norm), address(self.hidden), address(captured), len(captured), address(self.features)
-        )
+        self._inputs = norm, layers  # alive as long as their addresses are used
+        places = norm.data_ptr(), self.hidden.data_ptr(), layers.buffer_info()[0]
+        self.struct = _PassOutputs(*places, len(layers), self.features.data_ptr())
 
 
 class Decoder:
@@ -215,9 +216,10 @@ class Decoder:
 
     def embed(self, table: PackedMatrix, token_ids: torch.Tensor) -> torch.Tensor:
         """Rows of the embedding, scaled: token_ids [T] int32 → [T, hidden] float32."""
-        residual = torch.empty(len(token_ids), self._hidden)
+        count = token_ids.shape[0]
+        residual = torch.empty(count, self._hidden)
         load_library().evo_decoder_embed(
-            self.handle, ctypes.byref(table.struct), address(token_ids), len(token_ids), address(residual)
+            self.handle, ctypes.byref(table.struct), address(token_ids), count, address(residual)
         )
         return residual
 

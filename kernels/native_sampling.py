@@ -50,11 +50,11 @@ def logit_rows(
         allowed: [N, ceil(V / 32)] int32, bits of the columns that may be chosen (None: all).
         places: numbers of rows; the array must outlive the call.
     """
-    count = len(logits) if places is None else len(places)
-    of_places = None if places is None else places.buffer_info()[0]
-    return ctypes.byref(
-        _LogitRows(logits.data_ptr(), logits.stride(0), count, logits.shape[1], address(allowed), of_places)
-    )
+    count, columns = logits.shape
+    of_places = None
+    if places is not None:
+        of_places, count = places.buffer_info()
+    return ctypes.byref(_LogitRows(logits.data_ptr(), logits.stride(0), count, columns, address(allowed), of_places))
 
 
 def team_handle(team: Team | None) -> ctypes.c_void_p:

@@ -95,7 +95,7 @@ class NativeDecoder:
         assert isinstance(attention, NativeAttention)
         attention.plan(batch)
         residual = self.embed(batch.token_ids)
-        outputs = PassOutputs(len(residual), self._norm, torch.tensor(capture, dtype=torch.int32))
+        outputs = PassOutputs(residual.shape[0], self._norm, capture)
         self._decoder.forward(attention.batch, attention.cache, residual, outputs=outputs)
         return ForwardOutput(outputs.hidden, outputs.features if capture else None)
 
@@ -104,9 +104,10 @@ class NativeDecoder:
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         # The memory is used again: fresh pages for megabytes of logits cost more than the product itself.
-        if len(hidden) > len(self._logits):
-            self._logits = torch.empty(len(hidden), self.spec.vocab_size)
-        return linear(self._team, self.head, hidden, self._logits[: len(hidden)])
+        count = hidden.shape[0]
+        if count > self._logits.shape[0]:
+            self._logits = torch.empty(count, self.spec.vocab_size)
+        return linear(self._team, self.head, hidden, self._logits[:count])
 
     def head_slab(self, token_ids: torch.Tensor | None) -> HeadSlab:
         if token_ids is None:

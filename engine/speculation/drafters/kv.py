@@ -200,7 +200,7 @@ class FeatureStore:
     def add(self, features: Features) -> None:
         """Take the features of a step's tokens; those of a slot replace what it had."""
         self._waiting.append(features)
-        self._num_waiting += len(features.slots)
+        self._num_waiting += features.slots.shape[0]
         if self._num_waiting >= self._most_waiting:
             self._write()
 
