@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from uuid import uuid4
 
 import structlog
+import torch
 from msgspec.structs import replace
 
 from engine.config import EngineConfig
@@ -149,6 +150,7 @@ class EngineCore:
         stats = replace(self._scheduler.stats(), nonfinite_sequences=self._num_nonfinite)
         return self._speculator.add_stats(stats) if self._speculator else stats
 
+    @torch.inference_mode()
     def step(self) -> tuple[Outputs, StepTimings | None]:
         """One step for all requests that fit in it; no timings where there was nothing to compute.
 

@@ -47,7 +47,6 @@ class ModelRunner:
         if loaded.cuda_graphs:
             self._graphs = StepGraphs(loaded.model, self._attention, -(-loaded.max_model_len // cache.block_size))
 
-    @torch.inference_mode()
     def execute(
         self, sequences: Sequence[ScheduledSequence], capture: Sequence[int] = ()
     ) -> tuple[torch.Tensor, Features | None]:

@@ -65,7 +65,6 @@ class Sampler:
         self._eos_token_ids = frozenset(eos_token_ids)
         self._team, self._on_gpu = team, on_gpu
 
-    @torch.inference_mode()
     def sample(self, logits: torch.Tensor, rows: list[SamplingRows]) -> list[SampledSequence]:
         """Choose a token at every row and accept drafts up to the first that is not the choice.
 

@@ -44,7 +44,6 @@ class DraftModelProposer(Proposer):
         self._block_size = attention.spec.block_size
         self._entries = DraftKvTracker(attention.spec.num_blocks, self._block_size)
 
-    @torch.inference_mode()
     def propose(self, slots: Sequence[DraftSlot], stop: StopRule | None = None) -> None:
         chunks, ready = self._entries.catch_up([slot for slot in slots if slot.num_tokens > 0])
         if not chunks:

@@ -155,7 +155,6 @@ class EagleProposer(Proposer):
             writer = RunWriter(adapters.config, draft.stored_width, self._stored_before, prior_weights)
             self.verify_log = VerifyLog(adapters, writer, target.team)
 
-    @torch.inference_mode()
     def propose(self, slots: Sequence[DraftSlot], stop: StopRule | None = None) -> None:
         if self.whole_draft is not None and self.whole_draft.num_loads != self._num_loads:
             self._num_loads = self.whole_draft.num_loads
@@ -216,7 +215,6 @@ class EagleProposer(Proposer):
     def num_unread(self, request: Request) -> int:
         return self._entries.num_behind(request)
 
-    @torch.inference_mode()
     def after_verification(
         self, sequences: Sequence[ScheduledSequence], num_kept: Sequence[int], features: Features | None
     ) -> None:

@@ -67,6 +67,7 @@ class CostMeter:
         self._context = max(min(_CONTEXT_TOKENS, room), 0)
         self._blocks_verified = -(-(self._context + _VERIFIED_EACH) // block_size)
 
+    @torch.inference_mode()
     def measure(self) -> StepCosts:
         """The fastest of some runs at each size; logged, for they say whether drafts can pay on this machine."""
         most_sequences = min(self._max_tokens // _PROMPT_TOKENS, self._max_batch)
