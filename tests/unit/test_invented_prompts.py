@@ -9,7 +9,7 @@ import pytest
 from benchmarks.common.in_process import Engine
 from benchmarks.prompts.build import read_eval, shingles_of
 from benchmarks.prompts.invented import invent, is_usable, user_turn
-from engine.config import EngineConfig, ModelConfig, RuntimeConfig, SpeculationConfig
+from engine.config import CacheConfig, EngineConfig, ModelConfig, RuntimeConfig, SpeculationConfig
 from engine.text.tokenizer import Tokenizer
 from tests.tiny_models import make_directory
 
@@ -24,6 +24,7 @@ def test_every_seed_gives_one_text_the_same_each_time(tmp_path: Path) -> None:
     files = make_directory(tmp_path / "model", seed=3)
     config = EngineConfig(
         model=ModelConfig(name=str(files.path)),
+        cache=CacheConfig(num_blocks=256),
         runtime=RuntimeConfig(device="cpu", attention_backend="torch", threads=1),
         speculation=SpeculationConfig(method="none"),
     )
