@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import errno
-import subprocess
-import sys
 from functools import partial
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 import torch
 
-from adapters.alignment.store import AdapterStore, KeyState
+from adapters.alignment.store import AdapterStore, KeyState, claim
 from engine.online.adapter_control import adapter_key
 from engine.online.weight_layout import TensorSpec, WeightLayout
+from tests.killable_processes import processes
 from tests.unit.interleaving import at_line, before_each_line, count_lines
 
 LAYOUT = WeightLayout((TensorSpec("a", (8, 4), torch.bfloat16), TensorSpec("b", (3,), torch.float32)), "draft")
@@ -96,26 +97,30 @@ def test_quarantine_keeps_three(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*/quarantine"))
 
 
-def claimed_by_another_process(directory: Path) -> tuple[subprocess.Popen[str], Path]:
-    """A process that has a directory, and which."""
-    program = f"from adapters.alignment.store import *; print(claim(Path({str(directory)!r})), flush=True); input()"
-    process = subprocess.Popen(
-        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    return process, Path(process.stdout.readline().strip())
+def claim_and_wait(directory: Path, ours: Connection) -> None:
+    ours.send(claim(directory))
+    ours.recv()
+
+
+def claimed_by_another_process(directory: Path) -> tuple[BaseProcess, Connection, Path]:
+    """A process that has a directory until it is written to, and which."""
+    ours, its = processes.Pipe()
+    process = processes.Process(target=claim_and_wait, args=(directory, its), daemon=True)
+    process.start()
+    return process, ours, ours.recv()
 
 
 def test_each_worker_of_a_machine_has_a_directory_of_its_own(tmp_path: Path) -> None:
-    first, one = claimed_by_another_process(tmp_path / "draft")
-    second, two = claimed_by_another_process(tmp_path / "draft")
+    first, _, one = claimed_by_another_process(tmp_path / "draft")
+    second, to_second, two = claimed_by_another_process(tmp_path / "draft")
     assert (one, two) == (tmp_path / "draft", tmp_path / "draft-2")
     first.kill()
-    first.wait()
-    third, again = claimed_by_another_process(tmp_path / "draft")
+    first.join()
+    third, to_third, again = claimed_by_another_process(tmp_path / "draft")
     assert again == one
-    for process in (second, third):
-        process.communicate("\n")
+    for process, connection in ((second, to_second), (third, to_third)):
+        connection.send(None)
+        process.join()
 
 
 def test_channel_version_outlives_a_restart(tmp_path: Path) -> None:
