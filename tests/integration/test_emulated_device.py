@@ -47,7 +47,7 @@ def settled(ran: Ran) -> StepCost:
 
 
 def test_a_steps_waits_and_launches_do_not_grow_with_the_batch(device: Device) -> None:
-    runs = device.run(Job(BATCHES, kinds=("plain",), longest_prompt=7, max_tokens=100, num_steps=5))
+    runs = device.run(Job(BATCHES, kinds=("plain",), longest_prompt=7, max_tokens=100, num_steps=12))
     costs = [settled(ran) for ran in runs]
     assert [cost.num_sequences for cost in costs] == BATCHES
     assert all(cost.num_tokens > 3 * cost.num_sequences for cost in costs)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from gguf.quants import dequantize, quantize
+from msgspec.structs import replace
 
 from engine.adapters_config import LoraTarget
 from engine.attention.base import AttentionBackend
