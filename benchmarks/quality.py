@@ -31,6 +31,7 @@ from benchmarks.prompts.build import read_eval
 from benchmarks.prompts.sets import evaluation_files, read_sets
 from benchmarks.serve.peers import LlamaCpp, gguf_path
 from engine.config import CacheConfig, EngineConfig, SpeculationConfig
+from engine.messages import SamplingParams
 from engine.model_runner import ModelRunner
 from engine.request import Request
 from engine.step_plan import ScheduledSequence
@@ -84,18 +85,15 @@ class Chunks:
 
     def log_probs(self, tokens: list[int]) -> torch.Tensor:
         """[``CHUNK`` - 1 - ``FIRST``, vocab] float32 of the positions that count."""
-        self._execute(tokens, 0, FIRST)
+        request = Request("chunk", b"", "", SamplingParams(max_tokens=1, seed=0), tokens[:FIRST])
+        self._execute(request, tokens, 0, FIRST)
         starts = range(FIRST, CHUNK - 1, self._rows)
-        return torch.cat([self._execute(tokens, start, min(start + self._rows, CHUNK - 1)) for start in starts])
+        return torch.cat([self._execute(request, tokens, start, min(start + self._rows, CHUNK - 1)) for start in starts])
 
-    def _execute(self, tokens: list[int], start: int, end: int) -> torch.Tensor:
+    def _execute(self, request: Request, tokens: list[int], start: int, end: int) -> torch.Tensor:
         blocks = array("i", range(self._runner.num_blocks))
-        step = ScheduledSequence(_NO_REQUEST, start, tokens[start:end], 0, 0, end - start, blocks)
+        step = ScheduledSequence(request, start, tokens[start:end], 0, 0, end - start, blocks)
         return self._runner.execute([step])[0].log_softmax(1)
-
-
-_NO_REQUEST: Request = None  # type: ignore[assignment]
-"""The runner does not look at it."""
 
 
 def llama_chunks(model: Path, text: Path, count: int, scratch: Path) -> Iterator[tuple[list[int], torch.Tensor]]:
