@@ -69,7 +69,8 @@ void write_kv(const KvCache& cache, int slot, const float* key, const float* val
 
 namespace {
 
-// The work of one attention, in pieces: sequence, then slice of its rows, then KV head.
+// The work of one attention, in pieces: sequence, then KV head, then slice of its rows, so that slices that read the same
+// keys are computed at about the same time.
 class Pieces {
  public:
   struct Piece {
@@ -83,8 +84,7 @@ class Pieces {
     first_.reserve(batch.num_sequences + 1);
     first_.push_back(0);
     for (int b = 0; b < batch.num_sequences; ++b) {
-      const int slices = (query_len(b) * group() + slice_rows(b) - 1) / slice_rows(b);
-      first_.push_back(first_.back() + slices * cache.kv_heads);
+      first_.push_back(first_.back() + slices(b) * cache.kv_heads);
     }
   }
 
@@ -92,10 +92,9 @@ class Pieces {
 
   Piece operator[](int i) const {
     const int b = static_cast<int>(std::upper_bound(first_.begin(), first_.end(), i) - first_.begin()) - 1;
-    const int head = (i - first_[b]) % cache_.kv_heads, begin = (i - first_[b]) / cache_.kv_heads * slice_rows(b);
+    const int head = (i - first_[b]) / slices(b), begin = (i - first_[b]) % slices(b) * slice_rows_;
     Rows rows;
-    rows.by_tiles = by_tiles(b);
-    rows.count = std::min(slice_rows(b), query_len(b) * group() - begin);
+    rows.count = std::min(slice_rows_, query_len(b) * group() - begin);
     for (int r = 0; r < rows.count; ++r) {
       const int query = (begin + r) / group(), h = head * group() + (begin + r) % group();
       const size_t at = (static_cast<size_t>(batch_.query_start[b] + query) * heads_ + h) * cache_.head_dim;
@@ -111,9 +110,9 @@ class Pieces {
  private:
   int group() const { return heads_ / cache_.kv_heads; }
   int query_len(int b) const { return batch_.query_start[b + 1] - batch_.query_start[b]; }
-  bool by_tiles(int b) const { return has_amx() && !batch_.decodes(b); }
-  int slice_rows(int b) const { return by_tiles(b) ? kMaxRows : kVectorRows; }
+  int slices(int b) const { return (query_len(b) * group() + slice_rows_ - 1) / slice_rows_; }
 
+  const int slice_rows_ = has_amx() ? kMaxRows : kVectorRows;
   const Batch& batch_;
   const KvCache& cache_;
   const int heads_, window_;

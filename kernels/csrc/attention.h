@@ -48,9 +48,7 @@ struct Batch {
   const int32_t* slots;
   int num_prefilling;  // the last sequences
 
-  // Whether no token of its prompt is computed. Where there is AMX, tokens of prompts go by its tiles, which round otherwise.
-  // Either way a row's result depends on no other rows.
-  bool decodes(int sequence) const { return sequence < num_sequences - num_prefilling; }
+  // Products with tokens of sequences of whose prompt nothing is computed go another way (linear.h).
   int num_decoded_tokens() const { return query_start[num_sequences - num_prefilling]; }
 };
 

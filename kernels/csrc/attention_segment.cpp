@@ -87,7 +87,7 @@ constexpr AddValues kAddValues[] = {add_values<1, V>, add_values<2, V>, add_valu
 // Scores of 16 keys, and weighted values of a segment, for all rows.
 void score(const Rows& rows, const bf16* keys, int stride, int head_dim, int column, Scratch& local) {
   if constexpr (kMayHaveAmx) {
-    if (rows.by_tiles) {
+    if (has_amx()) {
       score_key_tiles(local.q.data(), keys, stride, head_dim, local.scores[0] + column);
       return;
     }
@@ -105,7 +105,7 @@ void accumulate(const Rows& rows, const KvCache& cache, const int32_t* blocks, i
     size = dim - d >= kWide ? kWide : kNarrow;
     const Values values{cache, blocks, head, d};
     if constexpr (kMayHaveAmx) {
-      if (rows.by_tiles) {
+      if (has_amx()) {
         add_value_tiles(size == kWide, local.weights[0] + begin, values, count, sums + d);
         continue;
       }
@@ -151,7 +151,7 @@ void attend_segment(const KvCache& cache, const int32_t* blocks, int head, const
                     const Attended& out) {
   Scratch& local = scratch();
   const int dim = cache.head_dim, size = cache.block_size, context = rows.context();
-  if (rows.by_tiles) gather_queries(rows, dim, local.q);
+  if (has_amx()) gather_queries(rows, dim, local.q);
   std::fill(out.sums, out.sums + kMaxRows * dim, 0.0f);
   // What no row sees is left out, which adds as much as weights of zero.
   const int padded = (std::min(context - start, kSegment) + size - 1) / size * size;

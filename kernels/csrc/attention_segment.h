@@ -12,10 +12,9 @@ constexpr int kVectorRows = 7;
 constexpr int kVectorRows = 4;
 #endif
 
-// Up to kMaxRows query rows of one sequence and one KV head.
+// Query rows of one sequence and one KV head: up to kMaxRows where there is AMX, else up to kVectorRows.
 struct Rows {
   int count;
-  bool by_tiles;  // of AMX: up to kMaxRows. Else up to kVectorRows
   const bf16* q[kMaxRows];
   bf16* out[kMaxRows];
   int first[kMaxRows];  // the first key this row may see, and
