@@ -87,8 +87,8 @@ class Chunks:
         """[``CHUNK`` - 1 - ``FIRST``, vocab] float32 of the positions that count."""
         request = Request("chunk", b"", "", SamplingParams(max_tokens=1, seed=0), tokens[:FIRST])
         self._execute(request, tokens, 0, FIRST)
-        starts = range(FIRST, CHUNK - 1, self._rows)
-        return torch.cat([self._execute(request, tokens, start, min(start + self._rows, CHUNK - 1)) for start in starts])
+        ranges = ((start, min(start + self._rows, CHUNK - 1)) for start in range(FIRST, CHUNK - 1, self._rows))
+        return torch.cat([self._execute(request, tokens, *positions) for positions in ranges])
 
     def _execute(self, request: Request, tokens: list[int], start: int, end: int) -> torch.Tensor:
         blocks = array("i", range(self._runner.num_blocks))
