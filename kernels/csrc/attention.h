@@ -48,7 +48,7 @@ struct Batch {
   const int32_t* slots;
   int num_prefilling;  // the last sequences
 
-  // Products with tokens of sequences of whose prompt nothing is computed go another way (linear.h).
+  // The first tokens, of sequences that decode: linear.h multiplies them otherwise than those of prompts.
   int num_decoded_tokens() const { return query_start[num_sequences - num_prefilling]; }
 };
 
