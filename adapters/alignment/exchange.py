@@ -35,7 +35,8 @@ def obey(aligner: KeyAligner, command: AdapterCommand, now: float) -> None:
 def exchange(aligner: KeyAligner, shared: SharedVersions, clock: Callable[[], float]) -> None:
     """Give other servers what was learned or commanded here, and take what others have.
 
-    What others have forgotten is forgotten first, or this server would give it back to them.
+    What others have forgotten is forgotten first, or this server would give it back to them. A version that the disk
+    has no room for, which is an error, is looked at again.
 
     Args:
         aligner: of the key.
@@ -78,9 +79,9 @@ def _follow(aligner: KeyAligner, shared: SharedVersions) -> None:
     state, found = aligner.state, shared.version(aligner.state.key)
     if found is None:
         return
-    aligner.shared_number = found.number
     if found.number == state.bad_number == state.own_number:  # a worker was killed before it could tell
         aligner.unshared.add("version")
     elif found.fits and found.number != state.bad_number:
         aligner.follow(found.tensors, is_own=found.number == state.own_number)
-        aligner.save()
+        aligner.is_unsaved = True
+    aligner.shared_number = found.number

@@ -98,7 +98,7 @@ class AdapterWorker:
                 self._ticked_at = time.monotonic()
                 self._tick()
         finally:  # what is bad goes, full disk or not
-            self._publish()
+            self._each(self._publish)
 
     def close(self) -> None:
         """Give back what others may want; all versions are on disk already."""
@@ -117,16 +117,27 @@ class AdapterWorker:
             for aligner in self._roster.aligners.values():
                 aligner.is_unpublished = True
         try:
-            for aligner in self._roster.aligners.values():
-                aligner.tick()
-                self._exchange(aligner)
+            self._each(self._tick_one)
             while (command := self._control.take()) is not None:
                 self._obey(command)
-            for aligner in self._roster.aligners.values():
-                if aligner.is_unsaved:
-                    aligner.save()
+            self._each(lambda aligner: aligner.save() if aligner.is_unsaved else None)
         finally:
             self._report()
+
+    def _tick_one(self, aligner: KeyAligner) -> None:
+        aligner.tick()
+        self._exchange(aligner)
+
+    def _each(self, act: Callable[[KeyAligner], None]) -> None:
+        """Do it for every key; where the disk fails for one, which is an error, it comes after the others."""
+        failed: OSError | None = None
+        for aligner in self._roster.aligners.values():
+            try:
+                act(aligner)
+            except OSError as error:
+                failed = error
+        if failed is not None:
+            raise failed
 
     def _read(self) -> bool:
         """Take in what the engine logged meanwhile, if the machine allows; whether there was anything."""
@@ -171,10 +182,11 @@ class AdapterWorker:
         if not (self._writer.is_writing() or self._intake.is_joining) and self._pacer.is_idle():
             self._writer.write({key for key, aligner in self._roster.aligners.items() if aligner.wants_answers})
 
-    def _publish(self) -> None:
-        for key, aligner in self._roster.aligners.items():
-            if aligner.is_unpublished and (version := self._publisher.publish(key, aligner.tensors)) is not None:
-                aligner.published(version)
+    def _publish(self, aligner: KeyAligner) -> None:
+        if not aligner.is_unpublished:
+            return
+        if (version := self._publisher.publish(aligner.state.key, aligner.tensors)) is not None:
+            aligner.published(version)
 
     def _obey(self, command: AdapterCommand) -> None:
         """Carry out a command; where a full disk keeps it from being carried out, it comes again."""

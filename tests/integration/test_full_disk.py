@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -53,11 +53,15 @@ def config(tmp_path: Path, valkey_url: str) -> AdaptersConfig:
 
 
 @contextmanager
-def full_disk() -> Iterator[list[Path]]:
-    """Nothing can be written meanwhile; what was to be is in the list."""
+def full_disk(of: str = "*") -> Iterator[list[Path]]:
+    """Files of these names cannot be written meanwhile; those that were to be are in the list."""
     failures: list[Path] = []
+    write = store_module._write
 
-    def fail(path: Path, _: bytes) -> None:
+    def fail(path: Path, content: bytes) -> None:
+        if not path.match(of):
+            write(path, content)
+            return
         failures.append(path)
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -74,6 +78,12 @@ def run_until(worker: AdapterWorker, condition: Callable[[], bool], seconds: flo
         return condition()
 
     worker.run(is_met)
+
+
+def run_rounds(worker: AdapterWorker, count: int) -> None:
+    for _ in range(count):
+        with suppress(OSError):
+            worker.step()
 
 
 def num_records(config: AdaptersConfig) -> int:
@@ -103,6 +113,29 @@ def test_what_is_in_force_goes_all_the_same(
     with full_disk():
         command(config, "reset")
         command(config, "freeze", "other")
+        run_until(worker, lambda: engine.version("t") == 0)
+    worker.close()
+
+
+def test_what_is_in_force_goes_though_another_key_has_a_version_that_cannot_be_put_in_force(
+    config: AdaptersConfig, draft: TinyDraft, answers: list[Answer]
+) -> None:
+    engine, worker = MadeUpEngine(config, draft.drafter, draft.base), eager_worker(config, draft)
+    serve_until_known(config, engine, worker, answers[:2], "other")
+    serve_until_published(engine, worker, answers, 1)
+    command(config, "freeze")
+    run_until(worker, lambda: status(config).is_frozen)
+    assert engine.version("t")
+    with full_disk(of="channel.json") as failures:
+        for start in range(0, 160, 16):
+            engine.serve(answers[start : start + 16], "other")
+            run_rounds(worker, 14)
+            if status(config, "other").revision:
+                break
+        engine.serve(answers[:1])  # heard of last, it comes behind the other
+        num_failures = len(failures)
+        run_until(worker, lambda: len(failures) > num_failures + 3)
+        command(config, "reset")
         run_until(worker, lambda: engine.version("t") == 0)
     worker.close()
 

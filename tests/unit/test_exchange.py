@@ -5,6 +5,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from adapters.alignment.exchange import exchange
 from adapters.alignment.shared_versions import SharedKey, SharedVersion
 
@@ -35,7 +37,7 @@ def make_aligner(**values: Any) -> Any:
     given = {"wants_work": False, "wants_answers": False, "unshared": set[str](), "shared_number": 0, "tensors": None}
     of_state = {name: value for name, value in values.items() if name in state}
     rest = {name: value for name, value in values.items() if name not in state}
-    return SimpleNamespace(state=SimpleNamespace(**state | of_state), save=lambda: None, followed=[], **given | rest)
+    return SimpleNamespace(state=SimpleNamespace(**state | of_state), save=lambda: None, **given | rest)
 
 
 def agree(aligner: Any, shared: Any) -> None:
@@ -62,3 +64,20 @@ def test_a_version_taken_back_right_before_the_worker_was_killed_is_withdrawn_by
     agree(aligner, shared)
     assert shared.published == [None]
     assert aligner.state.own_number == 4
+
+
+def test_a_version_that_the_disk_has_no_room_for_is_followed_when_there_is() -> None:
+    followed, disk = [], ["full", "free"]
+
+    def follow(tensors: Any, is_own: bool) -> None:
+        if disk.pop(0) == "full":
+            raise OSError(28, "No space left on device")
+        followed.append(tensors)
+
+    aligner, shared = make_aligner(follow=follow), Shared(number=3)
+    with pytest.raises(OSError, match="space"):
+        agree(aligner, shared)
+    agree(aligner, shared)
+    agree(aligner, shared)
+    assert followed == [{}]
+    assert aligner.is_unsaved
