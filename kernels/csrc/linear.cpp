@@ -23,11 +23,13 @@ constexpr bool kExpandsCodes = false;
 void expand_blocks(const Matrix&, int, int, int, const ReadAhead&, bf16*) {}
 #endif
 
+constexpr int kMostTileRows = 512;  // that blocks are multiplied with, one after the other
+constexpr int kBlocksOfFewRows = 4, kBlocksAtOnce = 8;  // that are expanded together
+
 struct Scratch {  // per thread, grows to the largest use
-  std::vector<bf16> tiles;  // expanded groups
   DirectRows<2> direct;
   DirectRows<1> direct_one_digit;
-  alignas(64) float y[kMaxTileRows * kPairColumns];
+  alignas(64) float y[kMostTileRows * kPairColumns];
 };
 
 Scratch& scratch() {
@@ -70,70 +72,57 @@ void finish_rows(const Linear& op, int row, int count, int pair, const float* y)
 
 // ---- any number of rows ----
 
-void finish_tiles(const Linear& op, const TileProduct& product, int row, int pair) {
-  product.complete();
-  finish_rows(op, row, product.rows, pair, product.y);
-}
-
-// One pair of groups times up to 32 rows. A few blocks are expanded, then multiplied: the processor runs the one
-// beside the other, memory is read all the while, and tiles stay in the first-level cache.
-void tile_pair(const Linear& op, int pair, const ReadAhead& ahead) {
+// One pair of groups times rows `row` .. row + count - 1. A few blocks are expanded, then multiplied with all rows: the
+// processor runs the one beside the other, memory is read all the while, and tiles stay in the first-level cache.
+void tile_pair(const Linear& op, int pair, int row, int count, const ReadAhead& ahead) {
   const Matrix& weight = *op.weight;
   const int blocks = weight.num_blocks();
-  const TileProduct product{op.rows, weight.k, scratch().y};
-  product.begin();
-  if (weight.format == kBf16) {
-    product.add(op.x, reinterpret_cast<const bf16*>(weight.pair(pair)), blocks);
-  } else if constexpr (kExpandsCodes) {
-    constexpr int kAtOnce = 4;
-    alignas(64) bf16 tiles[kAtOnce * kBlock * kPairColumns];
-    for (int b = 0; b < blocks; b += kAtOnce) {
-      const int count = std::min(kAtOnce, blocks - b);
-      expand_blocks(weight, pair, b, count, ahead, tiles);
-      product.add(op.x + b * kBlock, tiles, count);
+  const bool stay = count <= kMaxTileRows;  // in the tile registers, from the first block to the last
+  const int at_once = !stay ? kBlocksAtOnce : weight.format == kBf16 ? blocks : kBlocksOfFewRows;
+  alignas(64) bf16 expanded[kBlocksAtOnce * kBlock * kPairColumns];
+  float* const y = scratch().y;
+  for (int b = 0; b < blocks; b += at_once) {
+    const int size = std::min(at_once, blocks - b);
+    const bf16* tiles = expanded;
+    if (weight.format == kBf16) {
+      tiles = reinterpret_cast<const bf16*>(weight.pair(pair)) + static_cast<size_t>(b) * kBlock * kPairColumns;
+    } else if constexpr (kExpandsCodes) {
+      expand_blocks(weight, pair, b, size, ahead, expanded);
     }
-  }
-  finish_tiles(op, product, 0, pair);
-}
-
-// The tiles of the pairs begin .. end - 1; those of kBf16 lie in memory as they are.
-const bf16* tiles_of_pairs(const Matrix& weight, int begin, int end, const ReadAhead& ahead) {
-  if constexpr (kExpandsCodes) {
-    if (weight.format != kBf16) {
-      std::vector<bf16>& tiles = scratch().tiles;
-      const size_t pair_size = static_cast<size_t>(weight.k) * kPairColumns;
-      if (tiles.size() < (end - begin) * pair_size) tiles.resize((end - begin) * pair_size);
-      for (int pair = begin; pair < end; ++pair) {
-        expand_blocks(weight, pair, 0, weight.num_blocks(), ahead, tiles.data() + (pair - begin) * pair_size);
+    for (int first = 0; first < count; first += kMaxTileRows) {
+      const TileProduct product{std::min(count - first, kMaxTileRows), weight.k, y + first * kPairColumns};
+      if (b == 0) {
+        product.begin();
+      } else if (!stay) {
+        product.resume();
       }
-      return tiles.data();
+      product.add(op.x + static_cast<size_t>(row + first) * weight.k + b * kBlock, tiles, size);
+      if (!stay || b + size == blocks) product.complete();
     }
   }
-  return reinterpret_cast<const bf16*>(weight.pair(begin));
+  finish_rows(op, row, count, pair, y);
 }
 
-// Many rows. For each 32 of them all pairs begin .. end - 1 in turn: the rows then come from the first-level cache, and
-// the weights, which lie in a row, from the second. The other way round, rows are read from afar for every pair.
+// As many rows as stay in the second-level cache while some pairs pass by, beside those of another thread; for vectors,
+// which need them more often, in the first.
+int rows_at_once(int k) {
+  if (!has_amx()) return kMaxTileRows;
+  constexpr int kCacheBytes = 1024 * 1024;
+  const int fitting = kCacheBytes / (k * static_cast<int>(sizeof(bf16)));
+  return std::clamp(fitting / kMaxTileRows * kMaxTileRows, kMaxTileRows, kMostTileRows);
+}
+
 void tile_pairs(const Linear& op, int begin, int end, const ReadAhead& ahead) {
-  const Matrix& weight = *op.weight;
-  const bf16* tiles = tiles_of_pairs(weight, begin, end, ahead);
-  for (int row = 0; row < op.rows; row += kMaxTileRows) {
-    const TileProduct product{std::min(op.rows - row, kMaxTileRows), weight.k, scratch().y};
-    const bf16* blocks = tiles;
-    for (int pair = begin; pair < end; ++pair, blocks += static_cast<size_t>(weight.k) * kPairColumns) {
-      product.begin();
-      product.add(op.x + static_cast<size_t>(row) * weight.k, blocks, weight.num_blocks());
-      finish_tiles(op, product, row, pair);
-    }
+  const int most = rows_at_once(op.weight->k);
+  for (int row = 0; row < op.rows; row += most) {
+    for (int pair = begin; pair < end; ++pair) tile_pair(op, pair, row, std::min(most, op.rows - row), ahead);
   }
 }
 
-// As many pairs as fit in the second-level cache beside the rows themselves, up to 8: as codes, or expanded.
-int pairs_at_once(const Linear& op, bool direct) {
+// As many pairs as fit in the second-level cache beside the rows themselves, up to 8.
+int pairs_at_once(const Matrix& weight) {
   constexpr size_t kCacheBytes = 1280 * 1024, kMost = 8;
-  const size_t expanded = static_cast<size_t>(op.weight->k) * kPairColumns * sizeof(bf16);
-  const size_t pair_bytes = direct ? op.weight->pair_bytes() : expanded;
-  return static_cast<int>(std::clamp<size_t>(kCacheBytes / pair_bytes, 1, kMost));
+  return static_cast<int>(std::clamp<size_t>(kCacheBytes / weight.pair_bytes(), 1, kMost));
 }
 
 // ---- codes as they are ----
@@ -200,9 +189,9 @@ void linear(Team& team, const Linear& op) {
   if (num_direct > 0 && one_digit) set_rows(team, direct, scratch().direct_one_digit);
   if (num_direct > 0 && !one_digit) set_rows(team, direct, scratch().direct);
   if (rest.rows > 0) configure_tiles(rest.rows);
-  const bool many = num_direct > kRowsAtOnce || rest.rows > kMaxTileRows;
+  const bool many = num_direct > kRowsAtOnce || rest.rows > rows_at_once(op.weight->k);
   const int pairs = op.weight->num_pairs();
-  const int step = many ? pairs_at_once(op, rest.rows == 0) : 1;
+  const int step = many ? pairs_at_once(*op.weight) : 1;
   const uint8_t* const next = op.next == nullptr ? nullptr : op.next->pair(team.first_item(op.next->num_pairs()));
   bool is_first = true;
   team.work_ranges(pairs, step, [&](int pair, int last, int share_end) {
@@ -214,11 +203,7 @@ void linear(Team& team, const Linear& op) {
     } else {
       direct_pairs(direct, scratch().direct, pair, last, ahead);
     }
-    if (rest.rows > kMaxTileRows) {
-      tile_pairs(rest, pair, last, ahead);
-    } else if (rest.rows > 0) {
-      for (int one = pair; one < last; ++one) tile_pair(rest, one, ahead);
-    }
+    tile_pairs(rest, pair, last, ahead);
   });
   if (rest.rows > 0) release_tiles();
 }

@@ -107,6 +107,16 @@ void clear_tiles() {
   _tile_zero(3);
 }
 
+void load_tiles(const float* y, bool two) {
+  constexpr int kRowBytes = kPairColumns * sizeof(float);
+  _tile_loadd(0, y, kRowBytes);
+  _tile_loadd(1, y + kGroup, kRowBytes);
+  if (two) {
+    _tile_loadd(2, y + kTile * kPairColumns, kRowBytes);
+    _tile_loadd(3, y + kTile * kPairColumns + kGroup, kRowBytes);
+  }
+}
+
 void store_tiles(float* y, bool two) {
   constexpr int kRowBytes = kPairColumns * sizeof(float);
   _tile_stored(0, y, kRowBytes);
@@ -124,6 +134,7 @@ void load_config(const TileConfig&) {}
 void release() {}
 void clear_tiles() {}
 void add_tiles(const bf16*, int, bool, const bf16*, int) {}
+void load_tiles(const float*, bool) {}
 void store_tiles(float*, bool) {}
 
 #endif
@@ -160,6 +171,10 @@ void TileProduct::begin() const {
   } else {
     std::fill(y, y + rows * kPairColumns, 0.0f);
   }
+}
+
+void TileProduct::resume() const {
+  if (amx_found) load_tiles(y, rows > kTile);
 }
 
 void TileProduct::add(const bf16* x, const bf16* tiles, int count) const {

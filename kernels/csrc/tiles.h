@@ -55,6 +55,7 @@ struct TileProduct {
   float* y;  // [32][32]
 
   void begin() const;
+  void resume() const;  // in place of begin, where y has sums that were completed
   // x: [rows padded to 16][k], at the first of `count` blocks; tiles: those blocks of a pair, [count][2][16][32].
   void add(const bf16* x, const bf16* tiles, int count) const;
   void complete() const;
