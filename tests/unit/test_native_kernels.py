@@ -183,6 +183,16 @@ def test_a_row_does_not_depend_on_its_neighbours(two_threads: Team, name: str, d
         assert torch.equal(linear(two_threads, weight, x[:rows]), alone[:rows]), rows
 
 
+def test_a_row_times_bf16_weights_does_not_depend_on_its_neighbours(two_threads: Team) -> None:
+    """With AMX many rows are multiplied with eight blocks at a time, and their sums go to memory in between."""
+    n, k, most = 96, 17 * 32, 600
+    weight = PackedMatrix(n, k, [MatrixPart(np.arange(n), values=random_input(n, k).float())])
+    x = random_input(most, k)
+    alone = torch.cat([linear(two_threads, weight, row) for row in torch.split(x, 1)])
+    for rows in (2, 32, 33, 48, 65, 512, most):
+        assert torch.equal(linear(two_threads, weight, x[:rows]), alone[:rows]), rows
+
+
 @pytest.mark.parametrize("name", ["Q8_0", None])
 def test_a_product_of_no_rows_is_empty(two_threads: Team, name: str | None) -> None:
     """As where a step only computes a part of a prompt. (Where AMX is, it ended the process.)"""
