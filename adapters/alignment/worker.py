@@ -129,7 +129,7 @@ class AdapterWorker:
         self._exchange(aligner)
 
     def _each(self, act: Callable[[KeyAligner], None]) -> None:
-        """Do it for every key; where the disk fails for one, which is an error, it comes after the others."""
+        """Do it for every key. Where the disk fails for one, which is an error, the others still have their turn."""
         failed: OSError | None = None
         for aligner in self._roster.aligners.values():
             try:

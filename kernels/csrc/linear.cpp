@@ -1,7 +1,6 @@
 #include "linear.h"
 
 #include <algorithm>
-#include <vector>
 
 #include "direct.h"
 #include "rows.h"
@@ -72,6 +71,15 @@ void finish_rows(const Linear& op, int row, int count, int pair, const float* y)
 
 // ---- any number of rows ----
 
+// Blocks first .. first + count - 1 of a pair as tiles [count][2][16][32]: as they lie in memory, or in `room`.
+const bf16* tiles_of(const Matrix& weight, int pair, int first, int count, const ReadAhead& ahead, bf16* room) {
+  if (weight.format == kBf16) {
+    return reinterpret_cast<const bf16*>(weight.pair(pair)) + static_cast<size_t>(first) * kBlock * kPairColumns;
+  }
+  if constexpr (kExpandsCodes) expand_blocks(weight, pair, first, count, ahead, room);
+  return room;
+}
+
 // One pair of groups times rows `row` .. row + count - 1. A few blocks are expanded, then multiplied with all rows: the
 // processor runs the one beside the other, memory is read all the while, and tiles stay in the first-level cache.
 void tile_pair(const Linear& op, int pair, int row, int count, const ReadAhead& ahead) {
@@ -83,12 +91,7 @@ void tile_pair(const Linear& op, int pair, int row, int count, const ReadAhead& 
   float* const y = scratch().y;
   for (int b = 0; b < blocks; b += at_once) {
     const int size = std::min(at_once, blocks - b);
-    const bf16* tiles = expanded;
-    if (weight.format == kBf16) {
-      tiles = reinterpret_cast<const bf16*>(weight.pair(pair)) + static_cast<size_t>(b) * kBlock * kPairColumns;
-    } else if constexpr (kExpandsCodes) {
-      expand_blocks(weight, pair, b, size, ahead, expanded);
-    }
+    const bf16* const tiles = tiles_of(weight, pair, b, size, ahead, expanded);
     for (int first = 0; first < count; first += kMaxTileRows) {
       const TileProduct product{std::min(count - first, kMaxTileRows), weight.k, y + first * kPairColumns};
       if (b == 0) {
