@@ -9,8 +9,9 @@ import torch.nn.functional as F
 
 from engine.config import MAX_SPECULATIVE_TOKENS, ModelConfig
 from engine.models.config import ModelFiles, ModelSpec
-from engine.models.decoder import RotaryEmbedding, rms_norm
+from engine.models.decoder import RotaryEmbedding
 from engine.models.weights import WeightReader, WeightSource, open_weights
+from kernels.between_products import rms_norm
 from kernels.native import has_fast_bf16
 
 

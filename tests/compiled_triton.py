@@ -9,15 +9,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from itertools import product
-from typing import Any
+from typing import Any, get_args
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from engine.models.config import Activation
 from kernels.session_options import PRESENCE
 from kernels.triton import (
     batched_lora,
+    between_products,
     draft_head,
     gumbel_argmax,
     kept_thresholds,
@@ -58,7 +60,25 @@ def configurations() -> Iterator[Configuration]:
     for weights, rank in product(("*bf16", "*fp32"), (8, 16, 32)):
         lora = {"out": "*bf16", "x": "*bf16", "a": weights, "b": weights, "slots": "*i32"} | numbers
         yield batched_lora._lora_kernel, lora, {"RANK": rank, "INPUTS": 64, "OUTPUTS": 64}
+    yield from _of_layers()
     yield from _of_priors(numbers | scores | {"hidden": "*bf16", "head": "*bf16"})
+
+
+def _of_layers() -> Iterator[Configuration]:
+    types = dict.fromkeys(("size", "parts", "stride", "num_queries", "num_keys", "dim", "rotary"), "i32")
+    types |= dict.fromkeys(("x", "added", "total", "out", "product", "q_out", "k_out"), "*bf16")
+    types |= {"eps": "fp32", "slope": "fp32", "limit": "fp32", "positions": "*i32", "cos_sin": "*fp32"}
+    launched = (True, True, True), (True, True, False), (True, False, True), (False, False, True)
+    for weights in ("*fp32", "*bf16"):
+        types |= dict.fromkeys(("added_weight", "weight", "q_weight", "k_weight"), weights)
+        for has_added, norms_added, has_out in launched:
+            has = {"HAS_ADDED": has_added, "NORMS_ADDED": norms_added, "HAS_OUT": has_out}
+            yield between_products._norm_kernel, dict(types), has | {"BLOCK": 4096}
+        for has_norms, has_rotary in product((True, False), repeat=2):
+            has = {"HAS_NORMS": has_norms, "HAS_ROTARY": has_rotary}
+            yield between_products._heads_kernel, dict(types), has | {"BLOCK": 128}
+    for activation in get_args(Activation):
+        yield between_products._gate_kernel, types, {"ACTIVATION": activation, "BLOCK": 1024}
 
 
 def _of_priors(types: dict[str, str]) -> Iterator[Configuration]:

@@ -208,6 +208,28 @@ def begin() -> None:
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(30))
 
 
+def layer_launches(directory: Path, family: str) -> int:
+    """Kernels that one more layer of a family's model launches."""
+    from engine.attention.flashinfer import FlashInferAttention
+    from engine.loader import load
+    from engine.models.registry import validate_model_files
+    from tests.ragged_batches import RaggedSequences, attention_spec
+    from tests.tiny_families import FAMILIES
+
+    counts, sequences = [], RaggedSequences(2, 64, 16)
+    batch = sequences.step([3, 1]).on(CUDA)
+    for num_layers in (3, 4):
+        files = FAMILIES[family].make(directory / str(num_layers), num_hidden_layers=num_layers, head_dim=64)
+        spec = validate_model_files(files)
+        loaded = load(_config(directory, files, Job([1], method="none"), 1, "cuda"), files, spec)
+        heads = spec.num_heads, spec.num_kv_heads
+        shape = attention_spec(heads, spec.head_dim, sequences, loaded.dtype, CUDA, num_layers)
+        COUNTS.reset()
+        loaded.model.forward(batch, FlashInferAttention(shape))
+        counts.append(sum(COUNTS.launches.values()))
+    return counts[1] - counts[0]
+
+
 def run_all(directory: Path, job: Job) -> list[Ran]:
     """A job's engines."""
     return [run(directory, job, batch) for batch in job.batches]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from kernels.batched_lora import batched_lora
+from kernels.between_products import HeadNorms, Heads, Rotation, add_normed, gated, prepare_heads, rms_norm
 from kernels.gumbel_argmax import _mix32_, signed
 from kernels.kept_thresholds import Limits, kept_thresholds, unpack_bits
 from tests.reference.text_matches import TextMatches
@@ -87,6 +88,28 @@ def _thresholds_kernel(logits: Any, stride: int, values: Any, temperatures: Any,
 
 def _lora_kernel(out: Any, x: Any, a: Any, b: Any, slots: Any, *numbers: int, **sizes: int) -> None:
     batched_lora(out, x, a, b, slots)
+
+
+def _norm_kernel(
+    x: Any, added: Any, added_weight: Any, weight: Any, total: Any, out: Any, *sizes: Any, **how: Any
+) -> None:
+    if how["HAS_ADDED"]:
+        x = total.copy_(add_normed(x, added, added_weight if how["NORMS_ADDED"] else None, sizes[2]))
+    if how["HAS_OUT"]:
+        out.copy_(rms_norm(x, weight, sizes[2]))
+
+
+def _heads_kernel(product: Any, stride: int, positions: Any, cos_sin: Any, *rest: Any, **how: Any) -> None:
+    q_weight, k_weight, q_out, k_out, queries, keys, dim, _, eps = rest
+    norms = HeadNorms(q_weight, k_weight, eps) if how["HAS_NORMS"] else None
+    rotation = Rotation(cos_sin, positions) if how["HAS_ROTARY"] else None
+    q, k, _ = prepare_heads(product, Heads(queries, keys, dim), norms, rotation)
+    q_out.copy_(q)
+    k_out.copy_(k)
+
+
+def _gate_kernel(product: Any, out: Any, *numbers: Any, ACTIVATION: str, **sizes: int) -> None:
+    out.copy_(gated(product, ACTIVATION))
 
 
 def _edit_kernel(
@@ -191,5 +214,5 @@ def _sum_of(own: torch.Tensor, tokens: torch.Tensor, values: torch.Tensor) -> to
 KERNELS = {
     **{one.__name__: one for one in (_core_kernel, _tail_kernel, _best_kernel, _gumbel_argmax_kernel)},
     **{one.__name__: one for one in (_thresholds_kernel, _lora_kernel, _repeats_kernel, _prior_kernel)},
-    **{one.__name__: one for one in (_edit_kernel, _mask_kernel)},
+    **{one.__name__: one for one in (_edit_kernel, _mask_kernel, _norm_kernel, _heads_kernel, _gate_kernel)},
 }

@@ -14,14 +14,17 @@ from engine.models.config import LayerSpec, ModelSpec, Rope
 from engine.models.mlp import MixtureOfExperts, Mlp
 from engine.models.weights import WeightReader, WeightSource
 from engine.tensor_parallel.ranks import Ranks
+from kernels.between_products import (
+    HeadNorms,
+    Heads,
+    Rotation,
+    add_and_norm,
+    add_normed,
+    prepare_heads,
+    rms_norm,
+    rotate,
+)
 from kernels.native import PackedMatrix
-
-
-def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Root-mean-square norm over the last dimension, computed in float32; ``hidden``'s dtype."""
-    wide = hidden.float()
-    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return (weight * wide).to(hidden.dtype)
 
 
 class RotaryEmbedding:
@@ -36,14 +39,10 @@ class RotaryEmbedding:
         angles = torch.outer(torch.arange(max_positions + beyond, dtype=torch.float32), inverse_frequencies)
         self.cos_sin = (torch.cat((angles.cos(), angles.sin()), dim=1) * rope.scale).to(device)
         """[max_positions + beyond, rope.dim]: cosines, then sines"""
-        self._dim = rope.dim
 
     def __call__(self, heads: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Rotate [T, heads, head_dim] at positions [T]; the same shape and dtype."""
-        cos, sin = self.cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
-        first, second = heads[..., : self._dim].float().chunk(2, dim=-1)
-        rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(heads.dtype)
-        return rotated if self._dim == heads.shape[-1] else torch.cat((rotated, heads[..., self._dim :]), dim=-1)
+        return rotate(heads, Rotation(self.cos_sin, positions))
 
 
 def rotary_tables(
@@ -83,9 +82,7 @@ class DecoderLayer:
     qkv_proj: torch.Tensor
     """[(num_heads + 2 * num_kv_heads) * head_dim, hidden]"""
     qkv_bias: torch.Tensor | None
-    q_norm: torch.Tensor | None
-    """[head_dim]"""
-    k_norm: torch.Tensor | None
+    head_norms: HeadNorms | None
     o_proj: torch.Tensor
     """[hidden, num_heads * head_dim]"""
     o_bias: torch.Tensor | None
@@ -103,25 +100,19 @@ class DecoderLayer:
 
     def forward(self, hidden: torch.Tensor, positions: torch.Tensor, attention: AttentionBackend) -> torch.Tensor:
         """The residual stream after this layer: [T, hidden] → [T, hidden]."""
-        heads, kv_heads = self.spec.num_heads, self.spec.num_kv_heads
-        qkv = F.linear(self._norm(hidden, self.input_norm), self.qkv_proj, self.qkv_bias)
-        q, k, v = torch.split(qkv.view(len(qkv), -1, self.spec.head_dim), [heads, kv_heads, kv_heads], dim=1)
-        q, k = self._norm(q, self.q_norm), self._norm(k, self.k_norm)
-        if self.rotary is not None:
-            q, k = self.rotary(q, positions), self.rotary(k, positions)
+        spec, eps = self.spec, self.spec.rms_norm_eps
+        qkv = F.linear(rms_norm(hidden, self.input_norm, eps), self.qkv_proj, self.qkv_bias)
+        shape = Heads(spec.num_heads, spec.num_kv_heads, spec.head_dim)
+        rotation = None if self.rotary is None else Rotation(self.rotary.cos_sin, positions)
+        q, k, v = prepare_heads(qkv, shape, self.head_norms, rotation)
         attended = attention.forward(self.index, q, k, v, self.sinks)
         added = self._sum(F.linear(attended.flatten(1), self.o_proj, self.o_bias))
-        hidden = hidden + self._norm(added, self.attention_norm)
-        added = self._sum(self.mlp.forward(self._norm(hidden, self.mlp_norm)))
-        return hidden + self._norm(added, self.output_norm)
+        hidden, normed = add_and_norm(hidden, added, self.attention_norm, self.mlp_norm, eps)
+        return add_normed(hidden, self._sum(self.mlp.forward(normed)), self.output_norm, eps)
 
     def _sum(self, part: torch.Tensor) -> torch.Tensor:
         """Of what all ranks add to the residual stream."""
         return part if self.ranks is None else self.ranks.sum(part)
-
-    def _norm(self, x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
-        """The norm of this weight; None: x as it is."""
-        return x if weight is None else rms_norm(x, weight, self.spec.rms_norm_eps)
 
 
 @dataclass(frozen=True)
@@ -223,6 +214,9 @@ def _load_layer(weights: WeightReader, spec: ModelSpec, index: int, rotary: Rota
     def norm(name: str) -> torch.Tensor:
         return weights.exact(name + ".weight")
 
+    head_norms = None
+    if spec.qk_norm:
+        head_norms = HeadNorms(norm(attention + "q_norm"), norm(attention + "k_norm"), spec.rms_norm_eps)
     return DecoderLayer(
         spec=spec,
         index=index,
@@ -230,8 +224,7 @@ def _load_layer(weights: WeightReader, spec: ModelSpec, index: int, rotary: Rota
         input_norm=norm(prefix + "input_layernorm"),
         qkv_proj=weights.rows(*(name + ".weight" for name in qkv)),
         qkv_bias=weights.bias(*qkv),
-        q_norm=norm(attention + "q_norm") if spec.qk_norm else None,
-        k_norm=norm(attention + "k_norm") if spec.qk_norm else None,
+        head_norms=head_norms,
         o_proj=weights.columns(attention + "o_proj.weight"),
         o_bias=weights.bias_of_sum(attention + "o_proj"),
         sinks=weights.rows(attention + "sinks.weight") if spec.attention_sinks else None,

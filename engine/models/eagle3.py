@@ -22,15 +22,14 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from engine.models.config import ModelError
-from engine.models.decoder import rms_norm
 from engine.models.eagle3_config import CONFIG_FILE, WEIGHTS_FILE, Eagle3Config, Variant, read_draft
 from kernels.batched_lora import LoraMatrix
+from kernels.between_products import HeadNorms, Heads, Rotation, add_and_norm, gated, prepare_heads, rms_norm
 
 
 class Additions(Protocol):
@@ -73,9 +72,13 @@ class Eagle3(nn.Module):
         return fused
 
     def qkv(
-        self, embedding: torch.Tensor, g: torch.Tensor, lora: Additions | None = None
+        self,
+        embedding: torch.Tensor,
+        g: torch.Tensor,
+        lora: Additions | None = None,
+        rotation: Rotation | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Query [..., heads, head_dim], key and value [..., kv_heads, head_dim], before rotary embedding.
+        """Query [..., heads, head_dim], key and value [..., kv_heads, head_dim], rotated if there is a ``rotation``.
 
         ``lora``, here and below, is what the products gain.
         """
@@ -84,25 +87,24 @@ class Eagle3(nn.Module):
         product = self.qkv_proj(x)
         if lora is not None:
             lora.add_to(product, x, "qkv")
-        heads = product.view(*product.shape[:-1], -1, config.head_dim)
-        q, k, v = heads.split_with_sizes([config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=-2)
+        norms = None
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = rms_norm(q, self.q_norm, eps), rms_norm(k, self.k_norm, eps)
-        return q, k, v
+            norms = HeadNorms(self.q_norm, self.k_norm, eps)
+        return prepare_heads(product, Heads(config.num_heads, config.num_kv_heads, config.head_dim), norms, rotation)
 
     def output(self, g: torch.Tensor, attended: torch.Tensor, lora: Additions | None = None) -> torch.Tensor:
         """g [..., hidden] and attention's output [..., heads, head_dim] → a [..., hidden]."""
         config, eps, heads = self.config, self.config.rms_norm_eps, attended.flatten(-2)
         residual = rms_norm(g, self.hidden_norm, eps) if config.variant.norm_before_residual else g
-        y = residual + self.o_proj(heads)
+        added = self.o_proj(heads)
         if lora is not None:
-            lora.add_to(y, heads, "output")
-        normed = rms_norm(y, self.post_attention_norm, eps)
-        gate, up = self.gate_up_proj(normed).chunk(2, dim=-1)
-        product = F.silu(gate) * up
-        a: torch.Tensor = y + self.down_proj(product)
+            lora.add_to(added, heads, "output")
+        y, normed = add_and_norm(residual, added, None, self.post_attention_norm, eps)
+        product = gated(self.gate_up_proj(normed), "silu")
+        added = self.down_proj(product)
         if lora is not None:
-            lora.add_to(a, product, "down")
+            lora.add_to(added, product, "down")
+        a: torch.Tensor = y + added
         return rms_norm(a, self.output_norm, eps) if config.variant.norm_output else a
 
     def head_input(self, a: torch.Tensor) -> torch.Tensor:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from engine.models.config import Activation
-
-SWIGLU_SLOPE, SWIGLU_LIMIT = 1.702, 7.0
-"""Of gpt-oss."""
+from kernels.between_products import gated
 
 
 @dataclass(frozen=True)
@@ -28,20 +26,8 @@ class Mlp:
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, hidden] → [T, hidden]."""
-        gate, up = F.linear(x, self.gate_up_proj, self.gate_up_bias).chunk(2, dim=-1)
-        return F.linear(_GATES[self.activation](gate, up), self.down_proj, self.down_bias)
-
-
-def _swiglu_oai(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    gate, up = gate.clamp(max=SWIGLU_LIMIT), up.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT)
-    return gate * torch.sigmoid(SWIGLU_SLOPE * gate) * (up + 1)
-
-
-_GATES: dict[Activation, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
-    "silu": lambda gate, up: F.silu(gate) * up,
-    "gelu_tanh": lambda gate, up: F.gelu(gate, approximate="tanh") * up,
-    "swiglu_oai": _swiglu_oai,
-}
+        product = gated(F.linear(x, self.gate_up_proj, self.gate_up_bias), self.activation)
+        return F.linear(product, self.down_proj, self.down_bias)
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from engine.draft_vocab.resources import LIGHT_DRAFT_WEIGHTS
-from tests.emulated_engine import Job, Ran, StepCost, begin, run_all
+from tests.emulated_engine import Job, Ran, StepCost, begin, layer_launches, run_all
 
-MOST_WAITS, MOST_LAUNCHES = 4, 40
+MOST_WAITS, MOST_LAUNCHES, MOST_LAUNCHES_A_LAYER = 4, 40, 12
 BATCHES = [1, 8, 64]
 LATE_MASKS = re.compile(r"engine/verifier\.py:\d+ index")
 """Where some rows are left out, because a grammar's masks are not there yet."""
@@ -28,6 +28,9 @@ class Device:
 
     def run(self, job: Job) -> list[Ran]:
         return self._process.apply_async(run_all, (self._directory, job)).get(timeout=300)
+
+    def layer_launches(self, family: str) -> int:
+        return self._process.apply_async(layer_launches, (self._directory, family)).get(timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +70,12 @@ def test_every_feature_at_once_is_within_them(device: Device) -> None:
     few, many = ({line: n for line, n in cost.launches.items() if not LATE_MASKS.fullmatch(line)} for cost in costs)
     assert few == many
     assert costs[0].waits == costs[1].waits
+
+
+@pytest.mark.parametrize("family", ["llama, yarn", "qwen3", "gemma3"])
+def test_a_layer_launches_few_kernels(device: Device, family: str) -> None:
+    """Also where heads have norms (Qwen 3), and what is added to the residual stream (Gemma 3)."""
+    assert 8 <= device.layer_launches(family) <= MOST_LAUNCHES_A_LAYER
 
 
 @pytest.mark.parametrize(

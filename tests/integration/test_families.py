@@ -23,12 +23,13 @@ from adapters.target_parts import load_target_parts
 from engine.config import MAX_SPECULATIVE_TOKENS, ModelConfig, SpeculationConfig
 from engine.messages import SamplingParams
 from engine.models.config import ModelError
-from engine.models.decoder import RotaryEmbedding, rms_norm
+from engine.models.decoder import RotaryEmbedding
 from engine.models.families.known import FAMILIES as KNOWN
 from engine.models.families.known import spec_from_config
 from engine.models.native_decoder import unsupported_shape
 from engine.models.registry import validate_model_files
 from kernels import native
+from kernels.between_products import rms_norm
 from kernels.native import Team
 from tests.any_json import JSON
 from tests.native_models import check_model, hidden_by_position, random_tokens

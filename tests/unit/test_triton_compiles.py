@@ -15,6 +15,7 @@ GENERATIONS = ("80", "90", "100")
 KERNELS = {
     *("_gumbel_argmax_kernel", "_thresholds_kernel", "_core_kernel", "_tail_kernel", "_lora_kernel"),
     *("_repeats_kernel", "_prior_kernel", "_edit_kernel", "_mask_kernel", "_best_kernel"),
+    *("_norm_kernel", "_heads_kernel", "_gate_kernel"),
 }
 pytest.importorskip("triton")
 

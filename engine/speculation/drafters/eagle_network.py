@@ -14,6 +14,7 @@ from engine.models.decoder import RotaryEmbedding
 from engine.models.eagle3 import Eagle3
 from engine.models.native_eagle3 import NativeEagle3, unsupported_draft
 from kernels.batched_lora import LoraRows
+from kernels.between_products import Rotation
 
 log = structlog.get_logger(__name__)
 
@@ -62,8 +63,8 @@ class TorchEagleNetwork:
             a [L, hidden] of the rows ``batch.logits_indices``: g of the next token.
         """
         attention.plan(batch)
-        q, k, v = self._draft.qkv(embeddings.to(self._dtype), g, lora)
-        attended = attention.forward(0, self._rotary(q, batch.positions), self._rotary(k, batch.positions), v)
+        rotation = Rotation(self._rotary.cos_sin, batch.positions)
+        attended = attention.forward(0, *self._draft.qkv(embeddings.to(self._dtype), g, lora, rotation))
         wanted = batch.logits_indices
         return self._draft.output(g[wanted], attended[wanted], None if lora is None else lora.of(wanted))
 
