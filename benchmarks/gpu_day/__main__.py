@@ -23,7 +23,8 @@ def calls(emulated: bool) -> dict[str, tuple[int, tuple[str, ...]]]:
     """Seconds and command of each call, those first without which the others are worth little."""
     emulation = ("tests.emulate",) if emulated else ()
     steps = (_PYTHON, "-m", *emulation, "benchmarks.gpu_day.steps", "--shape", "tiny" if emulated else "8b")
-    kernels = [f"tests/unit/test_{name}.py" for name in ("gumbel_triton", "thresholds_triton", "draft_head")]
+    names = "gumbel_triton", "thresholds_triton", "between_products_triton", "draft_head"
+    kernels = [f"tests/unit/test_{name}.py" for name in names]
     return {
         "card": (60, ("nvidia-smi",)),
         "kernels": (300, (*_PYTEST, *kernels, "tests/unit/test_batched_lora.py")),
