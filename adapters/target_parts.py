@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from engine.config import MAX_SPECULATIVE_TOKENS, ModelConfig
 from engine.models.config import ModelFiles, ModelSpec
 from engine.models.decoder import RotaryEmbedding
-from engine.models.weights import WeightReader, WeightSource, open_weights
+from engine.models.weight_reader import WeightReader
+from engine.models.weights import WeightSource, open_weights
 from kernels.between_products import rms_norm
 from kernels.native import has_fast_bf16
 

@@ -28,6 +28,9 @@ from kernels.head_rows import TailMemory
 
 log = structlog.get_logger(__name__)
 
+_FIRST_WITH_FP8 = (8, 9)
+"""Compute capability, Ada's"""
+
 BackendName = Literal["torch", "native", "flashinfer"]
 
 
@@ -127,7 +130,7 @@ def load(
     # Which experts a step needs is only known while it is computed; and ranks are told on the CPU what to compute.
     has_graphs = backend == "flashinfer" and config.runtime.cuda_graphs and spec.experts is None and ranks is None
     return LoadedModel(
-        load_model(source, spec, dtype, device, max_model_len, ranks),
+        load_model(source, spec, dtype, device, max_model_len, ranks, _multiplies_fp8(dtype, device)),
         *(spec, max_model_len, dtype, device, backend),
         flashinfer.FlashInferAttention if backend == "flashinfer" else TorchPagedAttention,
         cuda_graphs=has_graphs,
@@ -156,6 +159,13 @@ def _backend(config: EngineConfig, spec: ModelSpec, device: torch.device) -> Bac
         raise ModelError(f"runtime.attention_backend {asked} cannot be used: {reason}")
     log.warning("using the slower torch backend", reason=reason)
     return "torch"
+
+
+def _multiplies_fp8(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether torch has products of FP8, with a scale for each row of both sides, for this device."""
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return False
+    return torch.cuda.get_device_capability(device) >= _FIRST_WITH_FP8
 
 
 def _why_not_flashinfer(config: EngineConfig, spec: ModelSpec, device: torch.device) -> str | None:

@@ -21,6 +21,7 @@ from kernels.triton import (
     batched_lora,
     between_products,
     draft_head,
+    fp8,
     gumbel_argmax,
     kept_thresholds,
     logits_edits,
@@ -29,12 +30,13 @@ from kernels.triton import (
     topk,
 )
 
+FIRST_WITH_FP8 = 89
 Configuration = tuple[Any, dict[str, str], dict[str, Any]]
 """A kernel, the types of its arguments, and its constants."""
 
 
-def configurations() -> Iterator[Configuration]:
-    """All that the product launches, on models in bfloat16."""
+def configurations(generation: int) -> Iterator[Configuration]:
+    """All that the product launches on a generation of GPUs, on models in bfloat16."""
     numbers = {"stride": "i32", "columns": "i32", "num_rows": "i32", "num_columns": "i32", "width": "i32"}
     numbers |= {"key_stride": "i32", "num_slots": "i32", "first_column": "i32", "num_values": "i32", "rank": "i32"}
     numbers |= {"out_stride": "i32", "x_stride": "i32", "num_inputs": "i32", "num_outputs": "i32"}
@@ -61,6 +63,9 @@ def configurations() -> Iterator[Configuration]:
         lora = {"out": "*bf16", "x": "*bf16", "a": weights, "b": weights, "slots": "*i32"} | numbers
         yield batched_lora._lora_kernel, lora, {"RANK": rank, "INPUTS": 64, "OUTPUTS": 64}
     yield from _of_layers()
+    if generation >= FIRST_WITH_FP8:
+        of_rows = {"x": "*bf16", "codes": "*fp8e4nv", "scales": "*fp32", "largest": "fp32", "smallest": "fp32"}
+        yield fp8._quantize_kernel, numbers | of_rows | {"size": "i32"}, {"BLOCK": 2048}
     yield from _of_priors(numbers | scores | {"hidden": "*bf16", "head": "*bf16"})
 
 
@@ -111,16 +116,17 @@ def _of_priors(types: dict[str, str]) -> Iterator[Configuration]:
 
 def main() -> None:
     which, *generations = sys.argv[1:]
-    chosen = list(configurations())
-    if which == "each":
-        chosen = list({kernel.__name__: (kernel, *rest) for kernel, *rest in reversed(chosen)}.values())
-    for generation, (kernel, types, constants) in product(map(int, generations), chosen):
-        names = kernel.arg_names
-        signature = {name: "constexpr" if name in constants else types[name] for name in names}
-        places = {(names.index(name),): value for name, value in constants.items()}
-        source = ASTSource(fn=kernel, signature=signature, constexprs=places)
-        compiled = triton.compile(source, target=GPUTarget("cuda", generation, 32))
-        print(generation, kernel.__name__, len(compiled.asm["cubin"]), flush=True)
+    for generation in map(int, generations):
+        chosen = list(configurations(generation))
+        if which == "each":
+            chosen = list({kernel.__name__: (kernel, *rest) for kernel, *rest in reversed(chosen)}.values())
+        for kernel, types, constants in chosen:
+            names = kernel.arg_names
+            signature = {name: "constexpr" if name in constants else types[name] for name in names}
+            places = {(names.index(name),): value for name, value in constants.items()}
+            source = ASTSource(fn=kernel, signature=signature, constexprs=places)
+            compiled = triton.compile(source, target=GPUTarget("cuda", generation, 32))
+            print(generation, kernel.__name__, len(compiled.asm["cubin"]), flush=True)
 
 
 if __name__ == "__main__":

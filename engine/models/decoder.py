@@ -12,7 +12,9 @@ from engine.attention.base import AttentionBackend
 from engine.batch import ForwardBatch, ForwardOutput
 from engine.models.config import LayerSpec, ModelSpec, Rope
 from engine.models.mlp import MixtureOfExperts, Mlp
-from engine.models.weights import WeightReader, WeightSource
+from engine.models.projection import Projection
+from engine.models.weight_reader import WeightReader
+from engine.models.weights import WeightSource
 from engine.tensor_parallel.ranks import Ranks
 from kernels.between_products import (
     HeadNorms,
@@ -79,13 +81,11 @@ class DecoderLayer:
     rotary: RotaryEmbedding | None
     input_norm: torch.Tensor
     """[hidden]"""
-    qkv_proj: torch.Tensor
+    qkv_proj: Projection
     """[(num_heads + 2 * num_kv_heads) * head_dim, hidden]"""
-    qkv_bias: torch.Tensor | None
     head_norms: HeadNorms | None
-    o_proj: torch.Tensor
+    o_proj: Projection
     """[hidden, num_heads * head_dim]"""
-    o_bias: torch.Tensor | None
     sinks: torch.Tensor | None
     """[num_heads]"""
     attention_norm: torch.Tensor | None
@@ -101,12 +101,12 @@ class DecoderLayer:
     def forward(self, hidden: torch.Tensor, positions: torch.Tensor, attention: AttentionBackend) -> torch.Tensor:
         """The residual stream after this layer: [T, hidden] → [T, hidden]."""
         spec, eps = self.spec, self.spec.rms_norm_eps
-        qkv = F.linear(rms_norm(hidden, self.input_norm, eps), self.qkv_proj, self.qkv_bias)
+        qkv = self.qkv_proj(rms_norm(hidden, self.input_norm, eps))
         shape = Heads(spec.num_heads, spec.num_kv_heads, spec.head_dim)
         rotation = None if self.rotary is None else Rotation(self.rotary.cos_sin, positions)
         q, k, v = prepare_heads(qkv, shape, self.head_norms, rotation)
         attended = attention.forward(self.index, q, k, v, self.sinks)
-        added = self._sum(F.linear(attended.flatten(1), self.o_proj, self.o_bias))
+        added = self._sum(self.o_proj(attended.flatten(1)))
         hidden, normed = add_and_norm(hidden, added, self.attention_norm, self.mlp_norm, eps)
         return add_normed(hidden, self._sum(self.mlp.forward(normed)), self.output_norm, eps)
 
@@ -185,13 +185,15 @@ def load_model(
     device: torch.device,
     max_model_len: int | None = None,
     ranks: Ranks | None = None,
+    multiplies_fp8: bool = False,
 ) -> TorchDecoder:
     """Dequantise matrices to ``dtype`` on ``device``, and norms to float32.
 
     ``max_model_len`` is the number of positions the rotary tables cover (default: the model's limit). With ``ranks``
-    the weights are this rank's share of them.
+    the weights are this rank's share of them. With ``multiplies_fp8``, which wants bfloat16, matrices of FP8 that have
+    a scale a row, or one for all, stay as they are.
     """
-    weights = WeightReader(source, spec.tensor_shapes(), dtype, device, ranks)
+    weights = WeightReader(source, spec.tensor_shapes(), dtype, device, ranks, multiplies_fp8)
     spec = spec if ranks is None else spec.share(ranks.size)
     rotary = rotary_tables(spec.layers, max_model_len or spec.max_position_embeddings, device)
     embed_tokens = weights.rows("model.embed_tokens.weight")
@@ -209,7 +211,6 @@ def load_model(
 def _load_layer(weights: WeightReader, spec: ModelSpec, index: int, rotary: RotaryEmbedding | None) -> DecoderLayer:
     prefix = f"model.layers.{index}."
     attention = prefix + "self_attn."
-    qkv = [f"{attention}{name}_proj" for name in "qkv"]
 
     def norm(name: str) -> torch.Tensor:
         return weights.exact(name + ".weight")
@@ -222,11 +223,9 @@ def _load_layer(weights: WeightReader, spec: ModelSpec, index: int, rotary: Rota
         index=index,
         rotary=rotary,
         input_norm=norm(prefix + "input_layernorm"),
-        qkv_proj=weights.rows(*(name + ".weight" for name in qkv)),
-        qkv_bias=weights.bias(*qkv),
+        qkv_proj=weights.linear(*(f"{attention}{name}_proj" for name in "qkv")),
         head_norms=head_norms,
-        o_proj=weights.columns(attention + "o_proj.weight"),
-        o_bias=weights.bias_of_sum(attention + "o_proj"),
+        o_proj=weights.linear_of_sum(attention + "o_proj"),
         sinks=weights.rows(attention + "sinks.weight") if spec.attention_sinks else None,
         attention_norm=norm(prefix + "post_attention_layernorm") if spec.output_norms else None,
         mlp_norm=norm(prefix + spec.mlp_norm),
@@ -242,11 +241,9 @@ def _load_mlp(weights: WeightReader, spec: ModelSpec, prefix: str) -> Mlp | Mixt
         gate_up, down = [f"{prefix}{name}{part}_proj" for part in ("gate", "up")], f"{prefix}{name}down_proj"
         mlps.append(
             Mlp(
-                gate_up_proj=weights.rows(*(part + ".weight" for part in gate_up)),
-                down_proj=weights.columns(down + ".weight"),
+                gate_up_proj=weights.linear(*gate_up),
+                down_proj=weights.linear_of_sum(down),
                 activation=spec.activation,
-                gate_up_bias=weights.bias(*gate_up),
-                down_bias=weights.bias_of_sum(down),
             )
         )
     if (experts := spec.experts) is None:

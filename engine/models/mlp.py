@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.models.config import Activation
+from engine.models.projection import Projection
 from kernels.between_products import gated
 
 
@@ -16,18 +17,15 @@ from kernels.between_products import gated
 class Mlp:
     """A gated MLP. Gate and up share a matrix."""
 
-    gate_up_proj: torch.Tensor
+    gate_up_proj: Projection
     """[2 * intermediate, hidden]"""
-    down_proj: torch.Tensor
+    down_proj: Projection
     """[hidden, intermediate]"""
     activation: Activation
-    gate_up_bias: torch.Tensor | None = None
-    down_bias: torch.Tensor | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, hidden] → [T, hidden]."""
-        product = gated(F.linear(x, self.gate_up_proj, self.gate_up_bias), self.activation)
-        return F.linear(product, self.down_proj, self.down_bias)
+        return self.down_proj(gated(self.gate_up_proj(x), self.activation))
 
 
 @dataclass(frozen=True)

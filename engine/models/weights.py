@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +20,15 @@ from engine.models.config import ModelError, ModelFiles
 from engine.models.families.known import family_of
 from engine.models.gguf_file import GGUFFile, GGUFTensor
 from engine.models.gguf_spec import gguf_tensor_names, spec_from_gguf
-from engine.models.quantization.base import Matrix
+from engine.models.quantization.base import Matrix, QuantizedMatrix
 from engine.models.safetensors_spec import checked_tensors, read_config
 from engine.models.stored_tensors import StoredRows, stored_rows
-from engine.tensor_parallel.ranks import Ranks
 
 Rows = slice | npt.NDArray[np.int64]
 ALL = slice(None)
 _FLOAT_TYPES = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
 _MAPPED_BYTES = 2**24
 """Of safetensors files that may stay in memory when they were read"""
-_VALUES_AT_ONCE = 2**18
-"""Of a matrix, when a ``WeightReader`` reads it"""
 
 
 @dataclass(frozen=True)
@@ -47,10 +43,20 @@ class QuantizedTensor:
     type: GGMLQuantizationType
 
 
+@dataclass(frozen=True)
+class Fp8Tensor:
+    """A matrix of FP8 numbers, each row times a scale."""
+
+    codes: Callable[[slice], torch.Tensor]
+    """Reads those of some rows, [rows, columns] float8_e4m3fn"""
+    scales: torch.Tensor
+    """[rows] float32"""
+
+
 class WeightSource(ABC):
     """Weights of one model, memory-mapped: nothing is read before it is asked for, and nothing read stays in memory.
 
-    Names are those of ``ModelSpec.tensor_shapes``; both methods raise ``ModelError`` for any other.
+    Names are those of ``ModelSpec.tensor_shapes``; all methods raise ``ModelError`` for any other.
     """
 
     @abstractmethod
@@ -60,6 +66,10 @@ class WeightSource(ABC):
     @abstractmethod
     def quantized(self, name: str) -> QuantizedTensor | None:
         """The tensor's quantised blocks; None where it is stored as what no blocks can hold."""
+
+    def fp8(self, name: str) -> Fp8Tensor | None:
+        """The tensor's FP8 numbers; None where it is not stored as FP8 with one scale a row, or one for all."""
+        return None
 
 
 def open_weights(files: ModelFiles) -> WeightSource:
@@ -145,6 +155,16 @@ class _SafetensorsWeights(WeightSource):
 
         return QuantizedTensor(blocks, kind)
 
+    def fp8(self, name: str) -> Fp8Tensor | None:
+        matrix, place = self._matrix(name), self._place(name)
+        if not isinstance(matrix, QuantizedMatrix) or matrix.bits is not None or matrix.groups.any():
+            return None
+
+        def codes(rows: slice) -> torch.Tensor:
+            return torch.from_numpy(matrix.codes(place.part(rows))).to(torch.float8_e4m3fn)
+
+        return Fp8Tensor(codes, torch.from_numpy(matrix.scales[place.part(ALL), 0]))
+
     def _matrix(self, name: str) -> Matrix | None:
         """What the tensor is some rows of; None where it is stored as floating-point numbers."""
         if (last := self._last) is not None and last[0] == name:
@@ -191,64 +211,3 @@ class _SafetensorsWeights(WeightSource):
         if name not in self._places:
             raise ModelError(f"{self._directory}: no tensor {name!r}")
         return self._places[name]
-
-
-@dataclass
-class WeightReader:
-    """Reads weights in the dtype, and onto the device, in which plain PyTorch computes with them.
-
-    With ``ranks`` they are this rank's share of them.
-    """
-
-    source: WeightSource
-    shapes: dict[str, tuple[int, ...]]
-    dtype: torch.dtype
-    device: torch.device
-    ranks: Ranks | None
-    num_bytes: int = 0
-    """Of what was read"""
-
-    def rows(self, *names: str) -> torch.Tensor:
-        """This rank's rows of some weights, one below the other."""
-        shares = [self._share(self.shapes[name][0]) for name in names]
-        heights = [len(share) for share in shares]
-        whole = torch.empty(sum(heights), *self.shapes[names[0]][1:], dtype=self.dtype, device=self.device)
-        for part, name, share in zip(torch.split(whole, heights), names, shares, strict=True):
-            self._fill(part, name, share)
-        return whole
-
-    def columns(self, name: str) -> torch.Tensor:
-        """This rank's columns of a weight."""
-        height, width = self.shapes[name]
-        columns = self._share(width)
-        whole = torch.empty(height, len(columns), dtype=self.dtype, device=self.device)
-        self._fill(whole, name, range(height), columns)
-        return whole
-
-    def _share(self, length: int) -> range:
-        return range(length)[slice(None) if self.ranks is None else self.ranks.share(length)]
-
-    def _fill(self, out: torch.Tensor, name: str, rows: range, columns: range | None = None) -> None:
-        """A few rows at a time, so that the model is nowhere in float32."""
-        self.num_bytes += out.nbytes
-        height = max(_VALUES_AT_ONCE // prod(self.shapes[name][1:]), 1)
-        for first in range(0, len(rows), height):
-            part = rows[first : first + height]
-            values = self.source.dequantized(name, slice(part.start, part.stop))
-            out[first : first + len(part)] = values if columns is None else values[:, columns.start : columns.stop]
-
-    def exact(self, name: str) -> torch.Tensor:
-        """A whole weight in float32."""
-        weight = self.source.dequantized(name)
-        self.num_bytes += weight.nbytes
-        return weight.to(self.device)
-
-    def bias(self, *modules: str) -> torch.Tensor | None:
-        """This rank's rows of these modules' biases, one below the other; None where they have none."""
-        names = [module + ".bias" for module in modules]
-        return self.rows(*names) if names[0] in self.shapes else None
-
-    def bias_of_sum(self, module: str) -> torch.Tensor | None:
-        """Of a module whose results all ranks sum: only the first has it. None where there is none."""
-        name, is_first = module + ".bias", self.ranks is None or self.ranks.rank == 0
-        return self.exact(name).to(self.dtype) if is_first and name in self.shapes else None
