@@ -6,43 +6,13 @@ what it computes. Gradients go through plain torch only.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 
+from kernels.heads import HeadNorms, Heads, Rotation
+
 SWIGLU_SLOPE, SWIGLU_LIMIT = 1.702, 7.0
 """Of gpt-oss."""
-
-
-class Heads(NamedTuple):
-    """How a product [T, (queries + 2 * keys) * dim] holds queries, then keys, then as many values."""
-
-    queries: int
-    keys: int
-    dim: int
-
-    def split(self, product: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """[..., queries, dim], and twice [..., keys, dim]."""
-        heads = product.view(*product.shape[:-1], -1, self.dim)
-        q, k, v = heads.split_with_sizes([self.queries, self.keys, self.keys], dim=-2)
-        return q, k, v
-
-
-class HeadNorms(NamedTuple):
-    """Root-mean-square norms of heads before their rotary embedding; weights [dim]."""
-
-    query: torch.Tensor
-    key: torch.Tensor
-    eps: float
-
-
-class Rotation(NamedTuple):
-    """Angles of a rotary embedding, and the positions [T] of the tokens that turn by them."""
-
-    cos_sin: torch.Tensor
-    """[positions, rotary] float32: cosines, then sines; of a head's first ``rotary`` numbers, whose halves are pairs"""
-    positions: torch.Tensor
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -115,7 +85,7 @@ def gated(product: torch.Tensor, activation: str) -> torch.Tensor:
     if _is_one_kernel(product):
         from kernels.triton.between_products import gated_triton
 
-        return gated_triton(product, activation)
+        return gated_triton(product, activation, SWIGLU_SLOPE, SWIGLU_LIMIT)
     gate, up = product.chunk(2, dim=-1)
     if activation == "silu":
         return F.silu(gate) * up

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from kernels.batched_lora import batched_lora
-from kernels.between_products import HeadNorms, Heads, Rotation, add_normed, gated, prepare_heads, rms_norm
+from kernels.between_products import add_normed, gated, prepare_heads, rms_norm
 from kernels.gumbel_argmax import _mix32_, signed
+from kernels.heads import HeadNorms, Heads, Rotation
 from kernels.kept_thresholds import Limits, kept_thresholds, unpack_bits
 from tests.reference.text_matches import TextMatches
 

@@ -16,16 +16,8 @@ from engine.models.projection import Projection
 from engine.models.weight_reader import WeightReader
 from engine.models.weights import WeightSource
 from engine.tensor_parallel.ranks import Ranks
-from kernels.between_products import (
-    HeadNorms,
-    Heads,
-    Rotation,
-    add_and_norm,
-    add_normed,
-    prepare_heads,
-    rms_norm,
-    rotate,
-)
+from kernels.between_products import add_and_norm, add_normed, prepare_heads, rms_norm, rotate
+from kernels.heads import HeadNorms, Heads, Rotation
 from kernels.native import PackedMatrix
 
 

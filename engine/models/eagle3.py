@@ -29,7 +29,8 @@ from torch import nn
 from engine.models.config import ModelError
 from engine.models.eagle3_config import CONFIG_FILE, WEIGHTS_FILE, Eagle3Config, Variant, read_draft
 from kernels.batched_lora import LoraMatrix
-from kernels.between_products import HeadNorms, Heads, Rotation, add_and_norm, gated, prepare_heads, rms_norm
+from kernels.between_products import add_and_norm, gated, prepare_heads, rms_norm
+from kernels.heads import HeadNorms, Heads, Rotation
 
 
 class Additions(Protocol):

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.between_products import SWIGLU_LIMIT, SWIGLU_SLOPE, HeadNorms, Heads, Rotation
+from kernels.heads import HeadNorms, Heads, Rotation
 
 _COLUMNS = 1024
 """Of gates, a program's"""
@@ -176,10 +176,10 @@ def prepare_heads_triton(
     return q, k
 
 
-def gated_triton(product: torch.Tensor, activation: str) -> torch.Tensor:
-    """As ``gated``."""
+def gated_triton(product: torch.Tensor, activation: str, slope: float, limit: float) -> torch.Tensor:
+    """As ``gated``; the numbers are gpt-oss's."""
     product, size = product.contiguous(), product.shape[-1] // 2
     out = torch.empty(*product.shape[:-1], size, dtype=product.dtype, device=product.device)
     grid = product.numel() // (2 * size), triton.cdiv(size, _COLUMNS)
-    _gate_kernel[grid](product, out, size, SWIGLU_SLOPE, SWIGLU_LIMIT, ACTIVATION=activation, BLOCK=_COLUMNS)
+    _gate_kernel[grid](product, out, size, slope, limit, ACTIVATION=activation, BLOCK=_COLUMNS)
     return out

@@ -6,8 +6,6 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.fp8 import LARGEST, SMALLEST_SCALE
-
 _COLUMNS = 2048
 """That a program reads at once"""
 
@@ -29,11 +27,11 @@ def _quantize_kernel(x, codes, scales, size, largest, smallest, BLOCK: tl.conste
 
 
 def quantize_rows_triton(
-    x: torch.Tensor, dtype: torch.dtype = torch.float8_e4m3fn
+    x: torch.Tensor, largest: float, smallest: float, dtype: torch.dtype = torch.float8_e4m3fn
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As ``quantize_rows``; ``dtype``: of the codes."""
+    """As ``quantize_rows``, with the largest code, the smallest scale, and the codes' dtype."""
     x = x.contiguous()
     codes = torch.empty(x.shape, dtype=dtype, device=x.device)
     scales = torch.empty(len(x), 1, dtype=torch.float32, device=x.device)
-    _quantize_kernel[(len(x),)](x, codes, scales, x.shape[1], LARGEST, SMALLEST_SCALE, BLOCK=_COLUMNS)
+    _quantize_kernel[(len(x),)](x, codes, scales, x.shape[1], largest, smallest, BLOCK=_COLUMNS)
     return codes, scales

@@ -11,7 +11,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 pytest.importorskip("triton")
 
-from kernels.fp8 import fp8_product, quantize_rows
+from kernels.fp8 import LARGEST, SMALLEST_SCALE, fp8_product, quantize_rows
 from kernels.triton.fp8 import quantize_rows_triton
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -38,7 +38,7 @@ def test_each_row_has_a_scale_of_its_own() -> None:
 def test_the_kernel_scales_rows_the_same(columns: int) -> None:
     """Before it rounds them, as the interpreter rounds otherwise than GPUs: a carry is lost."""
     x = activations(5, columns)
-    codes, scales = quantize_rows_triton(x.to(DEVICE), torch.float32)
+    codes, scales = quantize_rows_triton(x.to(DEVICE), LARGEST, SMALLEST_SCALE, torch.float32)
     of_rows = quantize_rows(x)[1]
     torch.testing.assert_close(scales.cpu(), of_rows, rtol=1e-6, atol=0)
     torch.testing.assert_close(codes.cpu(), x.float() / of_rows, rtol=1e-6, atol=0)
@@ -49,7 +49,10 @@ def test_the_kernel_scales_rows_the_same(columns: int) -> None:
 def test_the_kernel_gives_the_same_codes() -> None:
     """But for a few where a division ends on the other side of the middle between two."""
     x = activations(5, 2100)
-    codes, expected = quantize_rows_triton(x.to(DEVICE))[0].cpu().float(), quantize_rows(x)[0].float()
+    codes, expected = (
+        quantize_rows_triton(x.to(DEVICE), LARGEST, SMALLEST_SCALE)[0].cpu().float(),
+        quantize_rows(x)[0].float(),
+    )
     assert (codes != expected).float().mean() < 0.001
 
 

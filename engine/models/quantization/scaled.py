@@ -1,7 +1,8 @@
 """Numbers of 8 bits that are stored one by one: FP8 (e4m3) and int8, times a grid of scales. Torch-free.
 
 A matrix [n, k] has ``weight`` [n, k] and ``weight_scale``, which DeepSeek calls ``weight_scale_inv``: one scale for all
-of it, or one for each block of rows and columns. What the configuration says of activations is not read. Sources: transformers.integrations.finegrained_fp8, and compressed_tensors.compressors.naive_quantized.
+of it, or one for each block of rows and columns. What the configuration says of activations is not read. Sources:
+transformers.integrations.finegrained_fp8, and compressed_tensors.compressors.naive_quantized.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from engine.models.decoder import RotaryEmbedding
 from engine.models.eagle3 import Eagle3
 from engine.models.native_eagle3 import NativeEagle3, unsupported_draft
 from kernels.batched_lora import LoraRows
-from kernels.between_products import Rotation
+from kernels.heads import Rotation
 
 log = structlog.get_logger(__name__)
 
