@@ -48,7 +48,7 @@ TARGETS = (
     # AMX is used only where it is found (csrc/tiles.cpp).
     Target(
         "avx512",
-        (*_AVX512, "avx512bf16", "avx512vnni", "amx-tile", "amx-bf16", "f16c", "fma"),
+        (*_AVX512, "avx512bf16", "avx512vnni", "amx-tile", "amx-bf16", "amx-int8", "f16c", "fma"),
         (*_AVX512, "avx512_bf16", "avx512_vnni", "f16c", "fma"),
     ),
     Target("avx2", ("avx2", "f16c", "fma"), ("avx2", "f16c", "fma")),

@@ -12,11 +12,16 @@
 #include <vector>
 
 #include "matrix.h"
+#include "tiles.h"
 
 #ifdef __AVX512F__
 #include "dot_avx512.h"
 #else
 #include "dot_avx2.h"
+#endif
+
+#ifdef __AMX_INT8__
+#include "direct_tiles.h"
 #endif
 
 namespace evospec {
@@ -28,7 +33,7 @@ class DirectRows {
   // Rows of k values, which `set` gives. They lie in `room`, two cache lines for each 32 values; null: in memory of their own.
   void begin(int rows, int k, void* room) {
     blocks_ = k / kBlock;
-    const size_t size = static_cast<size_t>(rows) * blocks_;
+    const size_t size = static_cast<size_t>(rows + kTile) * blocks_;  // whole tiles are read, wherever they begin
     if (room == nullptr && own_.size() < size) own_.resize(size);
     data_ = room == nullptr ? own_.data() : static_cast<Block*>(room);
   }
@@ -50,6 +55,22 @@ class DirectRows {
       out.sum = scale * static_cast<float>(out.code_sum[0] + out.code_sum[1]);
     }
   }
+
+  // The same after configure_integer_tiles(tile_rows), for count <= tile_rows rows of a format that is not kQ6.
+#ifdef __AMX_INT8__
+  void multiply_by_tiles(const Matrix& weight, int pair, int first, int count, int tile_rows, const ReadAhead& ahead,
+                         float* y) const {
+    with_format(weight.format, [&](auto format) {
+      if constexpr (format != kQ6) {
+        const Block* const rows = data_ + static_cast<size_t>(first) * blocks_;
+        const DirectTiles<kDigits, format, Block> tiles{weight.pair(pair), rows, count, blocks_, y};
+        tiles.multiply(tile_rows > kTile, ahead);
+      }
+    });
+  }
+#else  // never called
+  void multiply_by_tiles(const Matrix&, int, int, int, int, const ReadAhead&, float*) const {}
+#endif
 
   static constexpr int kMost = max_rows(kDigits);
 
@@ -77,16 +98,22 @@ class DirectRows {
   template <int M>
   void multiply_rows(const Matrix& weight, int pair, const Block* rows, const ReadAhead& ahead, float* y) const {
     const uint8_t* blocks = weight.pair(pair);
-    const auto multiply_as = [&](auto format) {
-      if constexpr (kDigits == 2 || takes_one_digit(format)) multiply_format<M, format>(blocks, rows, ahead, y);
-    };
     for (int g = 0; g < 2; g += kGroupsAtOnce, y += kGroup, blocks += block_bytes(weight.format)) {
-      switch (weight.format) {
-        case kQ8: multiply_as(std::integral_constant<int, kQ8>()); break;
-        case kQ6: multiply_as(std::integral_constant<int, kQ6>()); break;
-        case kQ5: multiply_as(std::integral_constant<int, kQ5>()); break;
-        default: multiply_as(std::integral_constant<int, kQ4>()); break;
-      }
+      with_format(weight.format, [&](auto format) { multiply_format<M, format>(blocks, rows, ahead, y); });
+    }
+  }
+
+  // run(the format, an integral_constant), if so many digits are multiplied with it.
+  template <typename Run>
+  static void with_format(int format, Run run) {
+    const auto run_as = [&](auto known) {
+      if constexpr (kDigits == 2 || takes_one_digit(known)) run(known);
+    };
+    switch (format) {
+      case kQ8: run_as(std::integral_constant<int, kQ8>()); break;
+      case kQ6: run_as(std::integral_constant<int, kQ6>()); break;
+      case kQ5: run_as(std::integral_constant<int, kQ5>()); break;
+      default: run_as(std::integral_constant<int, kQ4>()); break;
     }
   }
 

@@ -140,9 +140,28 @@ int num_direct_rows(const Linear& op) {
   return has_amx() ? std::min(op.num_direct, op.rows) : op.rows;
 }
 
+// Fewer are multiplied by vectors in less time, to the same bits.
+constexpr int kFewestTileRows = 14;
+
+// How many of a product's rows AMX's tiles multiply at a time as they are; 0: vectors do.
+int rows_of_tiles(const Linear& op) {
+  if (!has_amx() || op.rows < kFewestTileRows || op.weight->format == kQ6) return 0;
+  const int parts = (op.rows + kMaxTileRows - 1) / kMaxTileRows;
+  return (op.rows + parts - 1) / parts;
+}
+
 template <typename Rows>
-void direct_pair(const Linear& op, const Rows& rows, int pair, int begin, int end, const ReadAhead& ahead) {
+void direct_pair(const Linear& op, const Rows& rows, int pair, int begin, int end, int tile_rows,
+                 const ReadAhead& ahead) {
   float* y = scratch().y;
+  if (tile_rows > 0) {
+    for (int count; begin < end; begin += count) {
+      count = std::min(tile_rows, end - begin);
+      rows.multiply_by_tiles(*op.weight, pair, begin, count, tile_rows, ahead, y);
+      finish_rows(op, begin, count, pair, y);
+    }
+    return;
+  }
   in_equal_parts(end - begin, Rows::kMost, [&](int first, int count) {
     rows.multiply(*op.weight, pair, begin + first, count, ahead, y);
     finish_rows(op, begin + first, count, pair, y);
@@ -150,10 +169,11 @@ void direct_pair(const Linear& op, const Rows& rows, int pair, int begin, int en
 }
 
 template <typename Rows>
-void direct_pairs(const Linear& op, const Rows& rows, int begin, int end, const ReadAhead& ahead) {
-  for (int row = 0; row < op.rows; row += kRowsAtOnce) {
+void direct_pairs(const Linear& op, const Rows& rows, int begin, int end, int tile_rows, const ReadAhead& ahead) {
+  const int most = tile_rows > 0 ? kRowsAtOnce / tile_rows * tile_rows : kRowsAtOnce;
+  for (int row = 0; row < op.rows; row += most) {
     for (int pair = begin; pair < end; ++pair) {
-      direct_pair(op, rows, pair, row, std::min(row + kRowsAtOnce, op.rows), ahead);
+      direct_pair(op, rows, pair, row, std::min(row + most, op.rows), tile_rows, ahead);
     }
   }
 }
@@ -191,7 +211,10 @@ void linear(Team& team, const Linear& op) {
   const bool one_digit = has_one_digit(*op.weight);
   if (num_direct > 0 && one_digit) set_rows(team, direct, scratch().direct_one_digit);
   if (num_direct > 0 && !one_digit) set_rows(team, direct, scratch().direct);
-  if (rest.rows > 0) configure_tiles(rest.rows);
+  const int tile_rows = rows_of_tiles(direct);
+  const bool has_both = tile_rows > 0 && rest.rows > 0;
+  if (tile_rows > 0) configure_integer_tiles(tile_rows);
+  if (tile_rows == 0 && rest.rows > 0) configure_tiles(rest.rows);
   const bool many = num_direct > kRowsAtOnce || rest.rows > rows_at_once(op.weight->k);
   const int pairs = op.weight->num_pairs();
   const int step = many ? pairs_at_once(*op.weight) : 1;
@@ -200,15 +223,17 @@ void linear(Team& team, const Linear& op) {
   team.work_ranges(pairs, step, [&](int pair, int last, int share_end) {
     const ReadAhead ahead{op.weight->pair(share_end), next};
     if (is_first) ahead.prefetch_first(op.weight->pair(pair));
+    if (has_both && !is_first) configure_integer_tiles(tile_rows);
     is_first = false;
     if (one_digit) {
-      direct_pairs(direct, scratch().direct_one_digit, pair, last, ahead);
+      direct_pairs(direct, scratch().direct_one_digit, pair, last, tile_rows, ahead);
     } else {
-      direct_pairs(direct, scratch().direct, pair, last, ahead);
+      direct_pairs(direct, scratch().direct, pair, last, tile_rows, ahead);
     }
+    if (has_both) configure_tiles(rest.rows);
     tile_pairs(rest, pair, last, ahead);
   });
-  if (rest.rows > 0) release_tiles();
+  if (tile_rows > 0 || rest.rows > 0) release_tiles();
 }
 
 }  // namespace evospec

@@ -40,12 +40,12 @@ constexpr int code_offset(int format) {
   return kOffsets[format];
 }
 
-inline size_t code_bytes(int format) {
+constexpr size_t code_bytes(int format) {
   constexpr size_t kBytes[] = {1024, 512, 512, 320, 256};
   return kBytes[format];
 }
 
-inline size_t block_bytes(int format) {
+constexpr size_t block_bytes(int format) {
   constexpr size_t kBytes[] = {1024, 544, 576, 352, 320};
   return kBytes[format];
 }

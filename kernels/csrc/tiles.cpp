@@ -91,10 +91,10 @@ void add_tiles(const bf16* x, int k, bool two, const bf16* tiles, int count) {
 // As the operating system and the processor tell it.
 bool find_tiles() {
   constexpr int kArchReqXcompPerm = 0x1023, kXtileData = 18;
-  constexpr unsigned kAmxBf16 = 1u << 22;  // of leaf 7, EDX
+  constexpr unsigned kAmx = 1u << 22 | 1u << 25;  // for bf16 and int8: of leaf 7, EDX
   unsigned eax, ebx, ecx, edx = 0;
   __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx);
-  return (edx & kAmxBf16) != 0 && syscall(SYS_arch_prctl, kArchReqXcompPerm, kXtileData) == 0;
+  return (edx & kAmx) == kAmx && syscall(SYS_arch_prctl, kArchReqXcompPerm, kXtileData) == 0;
 }
 
 void load_config(const TileConfig& config) { _tile_loadconfig(&config); }
@@ -152,6 +152,16 @@ bool has_fast_bf16() {
 #else
   return false;
 #endif
+}
+
+void configure_integer_tiles(int rows) {
+  TileConfig config;
+  const int first = std::min(rows, kTile), second = rows > kTile ? rows - kTile : rows;
+  for (int tile = 0; tile < 4; ++tile) config.set(tile, tile < 2 ? first : second, 64);
+  config.set(4, first, kBlock);
+  config.set(5, second, kBlock);
+  for (int tile = 6; tile < 8; ++tile) config.set(tile, kQuads, 64);
+  load_config(config);
 }
 
 void configure_tiles(int rows) {

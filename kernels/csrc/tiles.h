@@ -45,6 +45,7 @@ bool has_fast_bf16();
 
 // Before and after the products of one thread that have up to `rows` rows each.
 void configure_tiles(int rows);
+void configure_integer_tiles(int rows);  // those of direct_tiles.h; with AMX only
 void release_tiles();
 
 // One product after the other: y[rows][32] = 0, then += x * blocks for some blocks at a time, then complete.
