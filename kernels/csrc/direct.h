@@ -33,7 +33,7 @@ class DirectRows {
   // Rows of k values, which `set` gives. They lie in `room`, two cache lines for each 32 values; null: in memory of their own.
   void begin(int rows, int k, void* room) {
     blocks_ = k / kBlock;
-    const size_t size = static_cast<size_t>(rows + kTile) * blocks_;  // whole tiles are read, wherever they begin
+    const size_t size = static_cast<size_t>(rows + kMaxTileRows) * blocks_;  // the last part is read as if it were whole
     if (room == nullptr && own_.size() < size) own_.resize(size);
     data_ = room == nullptr ? own_.data() : static_cast<Block*>(room);
   }
@@ -56,6 +56,17 @@ class DirectRows {
     }
   }
 
+  static constexpr int kMost = max_rows(kDigits);
+
+  // y[m][column] = the product of row first + m with the 32 columns of a pair of groups, for count <= kMost rows.
+  void multiply(const Matrix& weight, int pair, int first, int count, const ReadAhead& ahead, float* y) const {
+    using Multiply = void (DirectRows::*)(const Matrix&, int, const Block*, const ReadAhead&, float*) const;
+    static constexpr auto kByRows = []<int... M>(std::integer_sequence<int, M...>) {
+      return std::array<Multiply, sizeof...(M)>{&DirectRows::multiply_rows<M + 1>...};
+    }(std::make_integer_sequence<int, kMost>());
+    (this->*kByRows[count - 1])(weight, pair, data_ + static_cast<size_t>(first) * blocks_, ahead, y);
+  }
+
   // The same after configure_integer_tiles(tile_rows), for count <= tile_rows rows of a format that is not kQ6.
 #ifdef __AMX_INT8__
   void multiply_by_tiles(const Matrix& weight, int pair, int first, int count, int tile_rows, const ReadAhead& ahead,
@@ -71,17 +82,6 @@ class DirectRows {
 #else  // never called
   void multiply_by_tiles(const Matrix&, int, int, int, int, const ReadAhead&, float*) const {}
 #endif
-
-  static constexpr int kMost = max_rows(kDigits);
-
-  // y[m][column] = the product of row first + m with the 32 columns of a pair of groups, for count <= kMost rows.
-  void multiply(const Matrix& weight, int pair, int first, int count, const ReadAhead& ahead, float* y) const {
-    using Multiply = void (DirectRows::*)(const Matrix&, int, const Block*, const ReadAhead&, float*) const;
-    static constexpr auto kByRows = []<int... M>(std::integer_sequence<int, M...>) {
-      return std::array<Multiply, sizeof...(M)>{&DirectRows::multiply_rows<M + 1>...};
-    }(std::make_integer_sequence<int, kMost>());
-    (this->*kByRows[count - 1])(weight, pair, data_ + static_cast<size_t>(first) * blocks_, ahead, y);
-  }
 
  private:
   static constexpr float kSmallest = 1e-30f;  // a block below it counts as zeros: its inverse could overflow

@@ -27,8 +27,8 @@ struct Linear {
   Epilogue epilogue;
   void* out;
   int stride;  // of out, in elements
-  // The first rows are multiplied with codes as they are (direct.h), those behind them by AMX's tiles, where there are any:
-  // from a dozen rows on these are faster, but they round otherwise, so no row may go now this way and now that.
+  // The first rows are multiplied with codes as they are (direct.h), those behind them by AMX's bf16 tiles, where there are
+  // any: from a dozen rows on these are faster, but they round otherwise, so no row may go now this way and now that.
   int num_direct;
   const Matrix* next = nullptr;  // what is multiplied after it; null: nobody knows
   // [rows][k / 16]: where the threads together make the integers of many rows; null: each thread makes its own.
