@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from adapters.alignment import growth
 from adapters.alignment.aligner import KeyAligner
 from adapters.alignment.exchange import obey
 from adapters.alignment.growth import DraftGrower, seed_of_draft, training_batch
@@ -157,8 +158,14 @@ def poison(aligner: KeyAligner) -> None:
     aligner._put_in_force({name: torch.randn(old.shape).to(old.dtype) for name, old in aligner.tensors.items()})
 
 
-def test_a_worker_goes_on_from_its_checkpoint(files: ModelFiles, config: AdaptersConfig) -> None:
-    """One that ends without a word, as if killed, has lost the traffic it remembered, and none of the weights."""
+def test_a_worker_goes_on_from_its_checkpoint(
+    files: ModelFiles, config: AdaptersConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that ends without a word, as if killed, has lost the traffic it remembered, and none of the weights.
+
+    A slow disk postpones no checkpoint here.
+    """
+    monkeypatch.setattr(growth, "_PAUSE", 0)
     engine, worker = Engine(files, Setting(), FOUR_DRAFTS, alignment=config), make_worker(config, files)
     worker._tick()
     while not worker._roster.aligners or worker._roster.aligners[OWNER].state.num_updates < 20:
