@@ -16,7 +16,7 @@ _COUNTERS = {
     "records_hard": "Of these, logged because they teach.",
     "records_sampled": "Of these, logged whatever happened in them.",
     "records_written": "Records that reached Redis.",
-    "records_dropped_by_queue": "Records dropped because the queue was full.",
+    "records_dropped_by_queue": "Records dropped because the queue was full, or their features could not be stored.",
     "records_dropped_by_redis": "Records dropped because Redis failed.",
     "loads": "Adapters that the engine took over.",
     "failed_loads": "Adapters that were damaged, or changed too fast to be read.",

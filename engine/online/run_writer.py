@@ -82,7 +82,8 @@ class RunWriter:
         chunks = [self._with_context(request, steps) for request, steps in runs]
         try:
             places = self._store(self._features(chunks).cpu(), [len(chunk.token_ids) for chunk in chunks])
-        except SharedMemoryError:  # somebody truncated the ring: the next look around makes another
+        except SharedMemoryError:  # somebody truncated the ring, and memory is full: the next look around makes another
+            self.stats.num_dropped_by_queue += sum(len(steps.records) for _, steps in runs)
             return
         priors = self._priors([request for request, _ in runs])
         for (_, steps), chunk, (slot, generation), prior in zip(runs, chunks, places, priors, strict=True):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ from pydantic import ValidationError
 from engine.adapters_config import AdaptersConfig, TokenLogConfig
 from engine.config import MAX_COPIED_TOKENS
 from engine.messages import SamplingParams
-from engine.online import run_writer
+from engine.online import run_writer, verify_record
 from engine.online.feature_ring import FeatureRingReader
 from engine.online.run_writer import RunWriter
 from engine.online.token_log import TokenLogStats
@@ -38,6 +39,8 @@ class CheckedLog:
     def __init__(self, *_: object, **__: object) -> None:
         self.stats = TokenLogStats()
         self.reader: FeatureRingReader | None = None
+        self.contexts: list[int] = []
+        """How many tokens of context came, where any did."""
 
     def log(self, record: VerifyRecord) -> None:
         assert self.reader is not None
@@ -47,12 +50,29 @@ class CheckedLog:
         assert valid.all()
         assert rows[:, 0].tolist() == [position % 128 for position in range(first, first + count)]
         self.stats.num_written += 1
+        self.contexts += [record.num_context] if record.num_context else []
 
 
 def rows_of(chunks: Sequence[Chunk]) -> torch.Tensor:
     """[T, WIDTH] that tell the position."""
     positions = torch.cat([torch.arange(len(chunk.token_ids)) + chunk.start for chunk in chunks])
     return (positions % 128).float()[:, None].expand(-1, WIDTH)
+
+
+@contextmanager
+def logging() -> Iterator[tuple[VerifyLog, CheckedLog, Request]]:
+    """Who logs with the smallest ring, what the log gets, and a request that is about to decode."""
+    with TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_writer, "TokenLog", CheckedLog)
+        options = TokenLogConfig(ring_rows=LEAST_ROWS, top_k=2)
+        config = AdaptersConfig(redis_url="redis://nowhere", shared_directory=Path(directory), log=options)
+        writer = RunWriter(config, WIDTH, rows_of, lambda _: None)
+        checked: Any = writer._log
+        checked.reader = FeatureRingReader(config.ring_path)
+        adapters: Any = SimpleNamespace(config=config, is_control=lambda _: True)
+        request = Request("r", b"", "t", SamplingParams(max_tokens=9, seed=0), [7] * NUM_PROMPT_TOKENS)
+        request.num_computed_tokens = NUM_PROMPT_TOKENS - 1
+        yield VerifyLog(adapters, writer), checked, request
 
 
 def take_step(log: VerifyLog, request: Request, num_accepted: int) -> None:
@@ -70,21 +90,24 @@ def take_step(log: VerifyLog, request: Request, num_accepted: int) -> None:
 @example([MAX_COPIED_TOKENS] * 40)
 @given(st.lists(st.integers(0, MAX_COPIED_TOKENS), min_size=1, max_size=40))
 def test_steps_of_any_length_fit_into_the_smallest_ring(accepted: list[int]) -> None:
-    with TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_writer, "TokenLog", CheckedLog)
-        options = TokenLogConfig(ring_rows=LEAST_ROWS, top_k=2)
-        config = AdaptersConfig(redis_url="redis://nowhere", shared_directory=Path(directory), log=options)
-        writer = RunWriter(config, WIDTH, rows_of, lambda _: None)
-        checked: Any = writer._log
-        checked.reader = FeatureRingReader(config.ring_path)
-        adapters: Any = SimpleNamespace(config=config, is_control=lambda _: True)
-        log = VerifyLog(adapters, writer)
-        request = Request("r", b"", "t", SamplingParams(max_tokens=9, seed=0), [7] * NUM_PROMPT_TOKENS)
-        request.num_computed_tokens = NUM_PROMPT_TOKENS - 1
+    with logging() as (log, checked, request):
         for number in accepted:
             take_step(log, request, number)
         log.forget(request)
         assert checked.stats.num_written == len(accepted)
+
+
+def test_what_a_broken_ring_does_not_take_is_counted_and_the_next_ring_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify_record, "_STEPS_AT_ONCE", 1)
+    with logging() as (log, checked, request):
+        take_step(log, request, 1)
+        log._writer._ring.close()
+        take_step(log, request, 1)
+        assert (checked.stats.num_written, checked.stats.num_dropped_by_queue) == (1, 1)
+        log._writer._look_at = 0.0
+        take_step(log, request, 1)
+        assert checked.stats.num_written == 2
+        assert checked.contexts == [LEAST_ROWS // 4] * 2, "it comes again after a loss"
 
 
 def test_a_smaller_ring_is_refused() -> None:
