@@ -229,8 +229,8 @@ class AlignmentStats(msgspec.Struct, frozen=True, kw_only=True):
     ``layout`` names the shape of the adapters and the draft they are of. ``versions``: of those in force, by key;
     ``channel_version`` grows with each publication. ``loads`` of adapters, and ``failed_loads`` of damaged ones. Of
     ``steps``, verify steps of a drafted sequence, ``records_hard`` were logged because they teach, ``records_sampled``
-    whatever happened in them. Of these records ``records_written`` reached Redis; the others were dropped because the
-    queue was full or Redis failed, or wait.
+    whatever happened in them. Of these records ``records_written`` reached Redis; the others wait, or were dropped
+    because the queue was full, their features could not be stored, or Redis failed.
     """
 
     layout: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,7 +51,8 @@ class CheckedLog:
         assert valid.all()
         assert rows[:, 0].tolist() == [position % 128 for position in range(first, first + count)]
         self.stats.num_written += 1
-        self.contexts += [record.num_context] if record.num_context else []
+        if record.num_context:
+            self.contexts.append(record.num_context)
 
 
 def rows_of(chunks: Sequence[Chunk]) -> torch.Tensor:
@@ -102,6 +104,7 @@ def test_what_a_broken_ring_does_not_take_is_counted_and_the_next_ring_goes_on(m
     with logging() as (log, checked, request):
         take_step(log, request, 1)
         log._writer._ring.close()
+        log._writer._look_at = math.inf
         take_step(log, request, 1)
         assert (checked.stats.num_written, checked.stats.num_dropped_by_queue) == (1, 1)
         log._writer._look_at = 0.0
