@@ -75,6 +75,25 @@ def test_what_is_compiled_first_leaves_as_much_time_for_the_runs(monkeypatch: py
     assert cost_meter._fastest(*tables) == [[(size, (0.01,)) for size in (1, 2, 4)]] * 2
 
 
+def test_a_disturbed_run_of_a_slow_size_is_repeated_once_and_of_a_quick_one_often(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So that a start is short, though sizes take a millisecond or half a second."""
+    now, numbers = 0.0, dict.fromkeys((1, 64), 0)
+
+    def measure(size: int) -> tuple[float]:
+        nonlocal now
+        numbers[size] += 1
+        is_disturbed = numbers[size] < 3 if size == 1 else numbers[size] == 1
+        seconds = 0.005 * size * (3 if is_disturbed else 1)
+        now += seconds
+        return (seconds,)
+
+    monkeypatch.setattr(cost_meter, "time", SimpleNamespace(perf_counter=lambda: now))
+    assert cost_meter._fastest(([1, 64], measure)) == [[(1, (0.005,)), (64, (0.32,))]]
+    assert numbers[64] == 2 < numbers[1]
+
+
 def rate(costs: StepCosts, chances: list[list[float]], lengths: list[int]) -> float:
     """Expected tokens a second, straight from the definition."""
     expected = sum(1 + sum(row[:length]) for row, length in zip(chances, lengths, strict=True))

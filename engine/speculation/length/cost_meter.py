@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from array import array
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import structlog
 import torch
@@ -23,9 +24,10 @@ from kernels.choose_tokens import choose_tokens
 
 log = structlog.get_logger(__name__)
 
-_ROUNDS = 6
-"""Runs at each size."""
-_PROMPT_TOKENS = 8
+_MOST_RUNS, _SECONDS_EACH = 12, 0.06
+"""Of each size, where the first run is not counted: it may record a GPU's graphs. A size is run twice at least."""
+_READINGS = 3
+_PROMPT_TOKENS = 2
 _READ_TOKENS = 128
 _CONTEXT_TOKENS = 256
 """Before the tokens that are verified: attention is a good part of what each further one costs."""
@@ -39,9 +41,8 @@ _MANY_TOKENS = 8
 """From so many on a step is bound by arithmetic, where it is not flat."""
 _LOGGED_SIZES = (1, 2, 3, 4, 5, 8, 12, 16, 24, 32, 48, 64)
 _WARM_UP_SECONDS = 0.5
-_MAX_SECONDS, _FIRST_SECONDS = 6.0, 0.5
-"""For both tables, and for the first round of one. Sizes for which that has no time lie on the line through the last
-two."""
+_FIRST_SECONDS = 0.5
+"""For the first run at each size of a table. Sizes for which that has no time lie on the line through the last two."""
 
 
 class CostMeter:
@@ -76,11 +77,13 @@ class CostMeter:
         verify_sizes = [size for size in _VERIFY_SIZES if size <= most_verified]
         self._warm_up()
         drafts, verified = _fastest((batch_sizes, self._draft_seconds), (verify_sizes, self._verify_seconds))
+        first = [(size, one + learning) for size, (one, learning, _) in drafts]
+        further = [(size, max(many - one, 0.0) / (_MANY_DRAFTS - 1)) for size, (one, _, many) in drafts]
         costs = StepCosts(
             verify=Curve(without_spikes([(size, seconds) for size, (seconds,) in verified], _MANY_TOKENS)),
-            first_draft=Curve([(size, one) for size, (one, _) in drafts]),
-            next_draft=Curve([(size, max(many - one, 0.0) / (_MANY_DRAFTS - 1)) for size, (one, many) in drafts]),
-            read=self._read_seconds(drafts[0][1][0]),
+            first_draft=Curve(without_spikes(first)),
+            next_draft=Curve(without_spikes(further)),
+            read=self._read_seconds(first[0][1]),
         )
         curves = {name: curve for name, curve in vars(costs).items() if isinstance(curve, Curve)}
         by_size = {name: {size: round(1e3 * of(size), 3) for size in _LOGGED_SIZES} for name, of in curves.items()}
@@ -117,8 +120,8 @@ class CostMeter:
             self._proposer.forget(step.request)
         return (seconds,)
 
-    def _draft_seconds(self, batch_size: int) -> tuple[float, float]:
-        """One draft token for each sequence, and ``_MANY_DRAFTS``; with what their vocabularies learn of it."""
+    def _draft_seconds(self, batch_size: int) -> tuple[float, float, float]:
+        """One draft token for each sequence, what their vocabularies learn of it, and ``_MANY_DRAFTS`` tokens."""
         sequences = self._sequences(batch_size)
         prompts = [
             ScheduledSequence(request, 0, request.prompt_token_ids, 0, 0, 1, blocks) for request, blocks in sequences
@@ -126,12 +129,11 @@ class CostMeter:
         if self._vocab is not None:
             self._vocab.warm_up([request for request, _ in sequences])
         self._step(prompts)
-        seconds = []
-        for length in (1, _MANY_DRAFTS):
-            self._cycle(sequences, length)  # catches up, touches memory
-            seconds.append(self._cycle(sequences, length))
+        for _ in range(2):  # the prompts are read first
+            one, learning = self._propose(sequences, 1), self._verify(sequences)
+        many = self._propose(sequences, _MANY_DRAFTS)
         self._forget([request for request, _ in sequences])
-        return seconds[0], seconds[1]
+        return one, learning, many
 
     def _read_seconds(self, first_draft: float) -> float:
         """Of each token that a new sequence has, given what its first draft takes when they are read."""
@@ -139,16 +141,20 @@ class CostMeter:
         prompt = [place * self._runner.vocab_size // count for place in range(count)]  # so that vocabularies want them
         blocks = array("i", range(self._blocks_verified))
         seconds = []
-        for _ in range(_ROUNDS):
+        for _ in range(_READINGS):
             request = Request("cost meter", b"", "", _GREEDY, prompt)
             learning = self._step([ScheduledSequence(request, 0, prompt, 0, 0, 1, blocks)])
-            seconds.append(learning + self._cycle([(request, blocks)], 1))
+            one = [(request, blocks)]
+            seconds.append(learning + self._propose(one, 1) + self._verify(one))
             self._forget([request])
         return max(min(seconds) - first_draft, 0.0) / count
 
-    def _cycle(self, sequences: Sequence[tuple[Request, array[int]]], length: int) -> float:
+    def _propose(self, sequences: Sequence[tuple[Request, array[int]]], length: int) -> float:
         slots = [DraftSlot(request, length, blocks) for request, blocks in sequences]
-        seconds = _seconds(lambda: self._proposer.propose(slots))
+        return _seconds(lambda: self._proposer.propose(slots))
+
+    def _verify(self, sequences: Sequence[tuple[Request, array[int]]]) -> float:
+        """A step with the drafts, none of which is accepted; returns what vocabularies take to follow."""
         steps = []
         for request, blocks in sequences:
             drafts = request.draft_token_ids
@@ -156,7 +162,7 @@ class CostMeter:
             steps.append(
                 ScheduledSequence(request, request.num_computed_tokens, tokens, len(drafts), 0, len(tokens), blocks)
             )
-        return seconds + self._step(steps)
+        return self._step(steps)
 
     def _forget(self, requests: Sequence[Request]) -> None:
         for request in requests:
@@ -195,9 +201,33 @@ class CostMeter:
         ]
 
 
-def _fastest(
-    *tables: tuple[Sequence[int], Callable[[int], tuple[float, ...]]],
-) -> list[list[tuple[int, tuple[float, ...]]]]:
+Measure = Callable[[int], tuple[float, ...]]
+"""Seconds of one run at a size."""
+
+
+@dataclass
+class _Runs:
+    """Of one size of a table."""
+
+    size: int
+    measure: Measure
+    least: tuple[float, ...]
+    number: int = 1
+    spent: float = 0.0
+    """Seconds of all runs but the first, with what is not measured of them."""
+
+    @property
+    def are_enough(self) -> bool:
+        return self.number >= _MOST_RUNS or self.spent >= _SECONDS_EACH
+
+    def again(self) -> None:
+        started = time.perf_counter()
+        self.least = tuple(map(min, self.least, self.measure(self.size)))
+        self.spent += time.perf_counter() - started
+        self.number += 1
+
+
+def _fastest(*tables: tuple[Sequence[int], Measure]) -> list[list[tuple[int, tuple[float, ...]]]]:
     """For each table of sizes the least of several runs at each size, of as many sizes as there is time for.
 
     All sizes of all tables are measured in turn, again and again: a moment in which something else has the processor
@@ -205,26 +235,23 @@ def _fastest(
     """
     for sizes, measure in tables:
         measure(sizes[0])  # a GPU's kernels are compiled, which may take longer than all runs
-    started = time.perf_counter()
-    least = [_first_round(sizes, measure) for sizes, measure in tables]
-    for _ in range(1, _ROUNDS):
-        if time.perf_counter() - started >= _MAX_SECONDS:
-            break
-        for (_, measure), of_size in zip(tables, least, strict=True):
-            for size, before in of_size.items():
-                of_size[size] = tuple(map(min, before, measure(size)))
-    return [list(of_size.items()) for of_size in least]
+    measured = [_first_runs(sizes, measure) for sizes, measure in tables]
+    waiting = [runs for table in measured for runs in table]
+    while waiting := [runs for runs in waiting if not runs.are_enough]:
+        for runs in waiting:
+            runs.again()
+    return [[(runs.size, runs.least) for runs in table] for table in measured]
 
 
-def _first_round(sizes: Sequence[int], measure: Callable[[int], tuple[float, ...]]) -> dict[int, tuple[float, ...]]:
-    """Of as many sizes as there is time for, and of two at least: through these goes the line to the others."""
+def _first_runs(sizes: Sequence[int], measure: Measure) -> list[_Runs]:
+    """At as many sizes as there is time for, and at two at least: through these goes the line to the others."""
     started = time.perf_counter()
-    of_size: dict[int, tuple[float, ...]] = {}
+    table: list[_Runs] = []
     for size in sizes:
-        if len(of_size) > 1 and time.perf_counter() - started >= _FIRST_SECONDS:
+        if len(table) > 1 and time.perf_counter() - started >= _FIRST_SECONDS:
             break
-        of_size[size] = measure(size)
-    return of_size
+        table.append(_Runs(size, measure, measure(size)))
+    return table
 
 
 def _seconds(run: Callable[[], object]) -> float:

@@ -13,10 +13,10 @@ _DEAREST = 4.0
 """A step's drafts count as so many times dearer than expected at most: something else had the processor."""
 
 
-def without_spikes(points: Sequence[tuple[int, float]], start: int) -> list[tuple[int, float]]:
+def without_spikes(points: Sequence[tuple[int, float]], start: int = 1) -> list[tuple[int, float]]:
     """Sizes and seconds less those, from size ``start`` on, that took longer than the line between their neighbours.
 
-    A step of many tokens is bound by arithmetic, so each further token costs as much as the one before it, or more; but
+    Where a step is bound by arithmetic each further token or sequence costs as much as the one before it, or more; but
     whatever else has the processor makes single sizes look dear, and what lies behind them cheap.
     """
     kept = [point for point in points if point[0] < start]
