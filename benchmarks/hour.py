@@ -164,9 +164,10 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
         lengths = [verification_length([each[side]]) for each in record["bursts"]]
         axes.plot(range(1, len(lengths) + 1), lengths, "o-", label=side)
     domains = [each["domain"] for each in record["bursts"]]
-    for domain in dict.fromkeys(domains):
-        axes.axvline(domains.index(domain) + 0.5, color="grey", linestyle=":")
-        axes.text(domains.index(domain) + 0.6, axes.get_ylim()[0], domain, color="grey", va="bottom")
+    for number, (domain, before) in enumerate(zip(domains, ["", *domains], strict=False)):
+        if domain != before:
+            axes.axvline(number + 0.5, color="grey", linestyle=":")
+            axes.text(number + 0.6, axes.get_ylim()[0], domain, color="grey", va="bottom")
     axes.set(xlabel="burst", ylabel="tokens a verification")
     axes.legend()
     figure.savefig(path)

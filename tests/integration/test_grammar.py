@@ -31,7 +31,7 @@ from engine.draft_vocab.vocab import DraftVocab
 from engine.messages import EngineOutput, EngineRequest, Grammar, SamplingParams
 from engine.models.registry import resolve_model
 from engine.request import Request
-from engine.sampling import grammar_client, grammar_pool
+from engine.sampling import constrained, grammar_client, grammar_pool
 from engine.sampling.grammar import GrammarCompiler, GrammarMatcher
 from engine.sampling.grammar_client import GrammarProcess, ProcessCursor
 from engine.sampling.grammar_cursor import GRAMMAR_CONTRADICTS, GrammarCursor
@@ -577,6 +577,7 @@ def test_masks_of_drafts_that_were_dropped_are_not_used_for_others(
 
 def test_a_sequence_whose_masks_come_late_is_not_drafted_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No draft token could be accepted: only the mask of the next token is asked for."""
+    monkeypatch.setattr(constrained, "_PATIENCE", 60.0)  # masks that are not slow come, however busy the machine
     files, prompt = make_directory(tmp_path / "model"), [5, 6, 7, 8]
     sampling = SamplingParams(max_tokens=30, seed=3, grammar=Grammar("regex", "x(a[0-9]{20}|b[A-Z]{20})"))
     [expected] = Engine(files, Setting()).generate([prompt], [sampling])
