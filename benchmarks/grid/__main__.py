@@ -60,6 +60,7 @@ def run_cell(cell: Cell, prompts: list[Messages], engines: Mapping[str, Engine],
 
 def main(
     model: Annotated[str, typer.Option(help="Registry name of a model with a draft.")] = "smollm2-135m",
+    draft: Annotated[str | None, typer.Option(help="Registry name of a draft model, in place of that draft.")] = None,
     prompts: Annotated[list[Path] | None, typer.Option(help="Files; default: ../shared/data/*-eval.jsonl.")] = None,
     load: Annotated[list[int] | None, typer.Option(help="Requests at a time; default: 1, 8, 32.")] = None,
     temperature: Annotated[list[float] | None, typer.Option(help="Default: 0 and 0.7.")] = None,
@@ -76,7 +77,7 @@ def main(
     left = [cell for cell in wanted if (cell.prompts, cell.load, cell.temperature) not in done]
     console = Console(width=220)
     if left:
-        engines = make_engines(sides_of(model, [*side, DEFAULT] if side else []))
+        engines = make_engines(sides_of(model, [*side, DEFAULT] if side else [], draft))
         for number, cell in enumerate(left, start=1):
             console.print(f"{number} of {len(left)}: {cell}")
             record = run_cell(cell, sets[cell.prompts], engines, max_tokens)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 from benchmarks.common.drafting import NONE, Drafting
@@ -35,9 +35,10 @@ def answers(side: str, cell: Cell) -> bool:
     return (cell.load, cell.temperature) == (1, 0.0) or side in (NONE, LOOKUP, DEFAULT) or side.endswith(", lookup")
 
 
-def sides_of(model: str, names: Sequence[str] = ()) -> dict[str, Mode]:
-    """The sides by name; ``names``: only these."""
-    sizes = sizes_of(model)
+def sides_of(model: str, names: Sequence[str] = (), draft: str | None = None) -> dict[str, Mode]:
+    """The sides by name; ``names``: only these; ``draft``: a draft model's name, in place of the model's own draft."""
+    drafting = Drafting("eagle3" if draft is None else "draft_model", draft, adaptive=True)
+    sizes = sizes_of(model, drafting.method)
     best, ours = sizes.statics[0], sizes.ours
     warm = "target_signal=every,graph=false,prior=off,replacement=lru"
     written: Mapping[str, str] = {
@@ -59,9 +60,5 @@ def sides_of(model: str, names: Sequence[str] = ()) -> dict[str, Mode]:
         "fixed lengths": ours,
     }
     wanted = [name for name in written if not names or name in names]
-    return {name: _mode(name, written[name], model, sizes.num_special) for name in wanted}
-
-
-def _mode(name: str, written: str, model: str, num_special: int) -> Mode:
-    method = "ngram" if name == LOOKUP else "eagle3"
-    return make_mode(written, model, Drafting(method, adaptive=name != "fixed lengths"), num_special)
+    special = {LOOKUP: Drafting("ngram", adaptive=True), "fixed lengths": replace(drafting, adaptive=False)}
+    return {name: make_mode(written[name], model, special.get(name, drafting), sizes.num_special) for name in wanted}
