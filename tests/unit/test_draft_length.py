@@ -159,6 +159,10 @@ def test_a_curve_never_falls_past_its_last_point() -> None:
     assert Curve([(1, 10.0), (2, 8.0)])(100) == 8.0
 
 
+def test_a_disturbed_size_before_the_last_does_not_make_all_larger_ones_free() -> None:
+    assert Curve([(1, 10.0), (4, 13.0), (8, 25.0), (12, 21.0)])(34) == pytest.approx(21.0 + 22.0)
+
+
 @pytest.mark.parametrize(("chance", "length"), [(0.05, 0), (0.3, 1), (0.5, 2), (0.95, 6)])
 def test_more_is_drafted_where_more_is_accepted(chance: float, length: int) -> None:
     assert lengths_of(CHEAP, [geometric(chance, 6)]) == [length]

@@ -35,8 +35,8 @@ _MANY_DRAFTS = 3
 _VERIFIED_EACH = 4
 """Most tokens of a sequence that are verified."""
 _GREEDY = SamplingParams(max_tokens=1, seed=0, temperature=0.0)
-_VERIFY_SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
+_VERIFY_SIZES = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256)
+_BATCH_SIZES = (1, 4, 16, 32)
 _MANY_TOKENS = 8
 """From so many on a step is bound by arithmetic, where it is not flat."""
 _LOGGED_SIZES = (1, 2, 3, 4, 5, 8, 12, 16, 24, 32, 48, 64)

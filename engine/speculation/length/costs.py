@@ -28,14 +28,15 @@ def without_spikes(points: Sequence[tuple[int, float]], start: int = 1) -> list[
     return kept + hull
 
 
-def _slope(first: tuple[int, float], second: tuple[int, float]) -> float:
+def _slope(first: tuple[float, float], second: tuple[float, float]) -> float:
     return (second[1] - first[1]) / (second[0] - first[0])
 
 
 class Curve:
-    """Seconds by a number of tokens or sequences: linear between measured points and past the last.
+    """Seconds by a number of tokens or sequences: linear between measured points, and past the last.
 
-    Fewer never cost more: where it was measured so, something else had the processor then.
+    Fewer never cost more: where it was measured so, something else had the processor then. So past the last each costs
+    as much as between the last two, and no less than in the mean of all.
     """
 
     def __init__(self, points: Sequence[tuple[int, float]]) -> None:
@@ -52,8 +53,9 @@ class Curve:
         sizes = np.arange(length)
         table = np.interp(sizes, self._sizes, self._seconds)
         if len(self._sizes) > 1:
-            slope = (self._seconds[-1] - self._seconds[-2]) / (self._sizes[-1] - self._sizes[-2])
-            table += np.maximum(sizes - self._sizes[-1], 0) * max(slope, 0.0)
+            points = list(zip(self._sizes, self._seconds, strict=True))
+            slope = max(_slope(points[-2], points[-1]), _slope(points[0], points[-1]))
+            table += np.maximum(sizes - self._sizes[-1], 0) * slope
         self._table = table.tolist()
 
 
