@@ -79,7 +79,7 @@ async def test_any_name_makes_or_continues_a_session_of_one_tenant(serve: Any, r
 
         of_acme, again, of_other = await seen("acme"), await seen("acme"), await seen("other")
     assert (of_acme, again, of_other) == (set(), {9}, set())
-    assert not [key async for key in redis.scan_iter("*4f1c*")]
+    assert not [key async for key in redis.scan_iter("evospec:session*") if name.encode() in key]
 
 
 async def test_a_named_session_can_be_looked_at_and_starts_anew_after_its_end(serve: Any) -> None:
