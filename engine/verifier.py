@@ -50,7 +50,7 @@ class Verifier:
                 collect_prompt_logprobs(sequence, logits[start:end])
             if number:
                 rows.append(SamplingRows(request, sequence.draft_token_ids[: number - 1]))
-        if rows and sum(numbers) < len(logits):
+        if rows and sum(numbers) < logits.shape[0]:
             chosen = zip(first_rows, numbers, strict=True)
             places = np.array([row for first, number in chosen for row in range(first, first + number)])
             logits = logits[upload(logits.device, places)[0]]

@@ -193,7 +193,7 @@ def linear(team: Team, weight: PackedMatrix, x: torch.Tensor, out: torch.Tensor 
 def linear_to_rows(team: Team, weight: PackedMatrix, x: torch.Tensor, rows: torch.Tensor, out: torch.Tensor) -> None:
     """Write ``linear`` of x [T, k] bf16 to ``rows`` [T] int32 of out [any, n] bf16."""
     padded = _padded(weight, x)
-    arguments = address(padded), len(x), address(rows), address(out)
+    arguments = address(padded), x.shape[0], address(rows), address(out)
     load_library().evo_linear_to_rows(team.handle, ctypes.byref(weight.struct), *arguments)
 
 
@@ -203,7 +203,7 @@ def norm_features(team: Team, features: torch.Tensor, weight: torch.Tensor, eps:
     ``size`` is a multiple of 16.
     """
     features, out = features.contiguous(), torch.empty_like(features)
-    arguments = address(features), address(weight), len(features), *weight.shape, ctypes.c_float(eps), address(out)
+    arguments = address(features), address(weight), features.shape[0], *weight.shape, ctypes.c_float(eps), address(out)
     load_library().evo_norm_features(team.handle, *arguments)
     return out
 

@@ -127,14 +127,14 @@ class ChainBatch(msgspec.Struct, frozen=True):
 
 
 class ChainResult(msgspec.Struct, frozen=True):
-    """Steps S, as many as were made, and rows B; what is beyond the end of a chain is undefined."""
+    """Of B rows and S steps, as many as were made; what is beyond the end of a chain is undefined."""
 
-    tokens: NDArray[np.int32]
-    """[S, B]"""
+    tokens: list[list[int]]
+    """[B][S]"""
     hidden: torch.Tensor
-    """[S, B, hidden] bf16, from which each token was chosen"""
-    confidence: NDArray[np.int32] | None
-    """[S, B] levels of the tokens, where chains may end early"""
+    """[at least S, B, hidden] bf16, from which each token was chosen"""
+    confidence: list[list[int]] | None
+    """[B][S] levels of the tokens, where chains may end early"""
 
 
 @dataclass(frozen=True)
@@ -177,20 +177,20 @@ class NativeChain:
         most = self.core.n + (0 if self.tails is None else self.tails.slots)
         count = 1 if only_best else min(self.candidates, most)
         states = torch.empty(steps, num_rows, hidden, dtype=torch.bfloat16)
-        tokens = np.empty((steps, num_rows), np.int32)
-        levels = None if batch.stop is None else np.empty((steps, num_rows), np.int32)
+        tokens, levels = (array("i", bytes(4 * steps * num_rows)) for _ in range(2))
         arrays = _arrays(batch)
-        tables = np.ascontiguousarray(batch.block_tables, np.int32)
-        rows = _Rows(num_rows, steps, tables.shape[1], count, block_tables=tables.ctypes.data)
+        rows = _Rows(num_rows, steps, batch.block_tables.shape[1], count)
         for name, values in arrays.items():
             setattr(rows, name, values.buffer_info()[0])
         if batch.stop is not None:
-            rows.chances, rows.draft_cost = batch.stop.chances.ctypes.data, batch.stop.draft_cost
+            rows.draft_cost = batch.stop.draft_cost
         rows.kept = _lora_of(rows, batch.lora)
-        outputs = _Outputs(tokens.ctypes.data, states.data_ptr(), None if levels is None else levels.ctypes.data)
-        structs = self._model, _unread_struct(unread), rows, outputs
+        places = tokens.buffer_info()[0], states.data_ptr(), levels.buffer_info()[0]
+        structs = self._model, _unread_struct(unread), rows, _Outputs(*places)
         made = load_library().evo_draft_chain(self.team.handle, *map(ctypes.byref, structs))
-        return ChainResult(tokens[:made], states[:made], None if levels is None else levels[:made])
+        of_rows = [slice(row, made * num_rows, num_rows) for row in range(num_rows)]
+        confidence = None if batch.stop is None else [levels[of_row].tolist() for of_row in of_rows]
+        return ChainResult([tokens[of_row].tolist() for of_row in of_rows], states, confidence)
 
     @functools.cached_property
     def _model(self) -> _Model:
@@ -228,6 +228,7 @@ def _lora_of(struct: _Unread | _Rows, lora: LoraRows | None) -> NativeLora | Non
 def _arrays(batch: ChainBatch) -> dict[str, array[Any]]:
     """The rows' arrays by name; they must outlive the call. (Python's own: a small one costs a fraction of NumPy's.)"""
     arrays: dict[str, array[Any]] = {"lengths": array("i", batch.lengths), "positions": array("i", batch.positions)}
+    arrays["block_tables"] = array("i", batch.block_tables.tobytes())
     if batch.slabs is not None:
         arrays["slabs"] = array("i", batch.slabs)
     if batch.sampling is not None:
@@ -237,5 +238,5 @@ def _arrays(batch: ChainBatch) -> dict[str, array[Any]]:
     if (stop := batch.stop) is not None:
         arrays["tenants"] = array("i", batch.tenants)
         arrays["acceptance"] = array("f", chain.from_iterable(batch.acceptance))
-        arrays["verify_costs"] = array("f", stop.verify_costs)
+        arrays["verify_costs"], arrays["chances"] = array("f", stop.verify_costs), array("f", stop.chances.tobytes())
     return arrays

@@ -260,10 +260,9 @@ class Decoder:
 
 def unpack_rows(team: Team, table: PackedMatrix, row_ids: torch.Tensor) -> torch.Tensor:
     """Rows of a matrix: row_ids [n] int32 → [n, k] float32."""
-    out = torch.empty(len(row_ids), table.k)
-    load_library().evo_unpack_rows(
-        team.handle, ctypes.byref(table.struct), address(row_ids), len(row_ids), address(out)
-    )
+    count = row_ids.shape[0]
+    out = torch.empty(count, table.k)
+    load_library().evo_unpack_rows(team.handle, ctypes.byref(table.struct), address(row_ids), count, address(out))
     return out
 
 

@@ -32,7 +32,7 @@ def is_built() -> bool:
 def can_take(logits: torch.Tensor) -> bool:
     """Whether these kernels serve such logits here."""
     return (
-        logits.device.type == "cpu"
+        not logits.is_cuda
         and logits.dtype == torch.float32
         and logits.stride(-1) == 1
         and logits.numel() > 0

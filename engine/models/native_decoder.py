@@ -78,6 +78,8 @@ class NativeDecoder:
         self.embedding = pack.matrix("model.embed_tokens.weight")
         self.head = self.embedding if spec.tie_word_embeddings else pack.matrix("lm_head.weight")
         self._logits = torch.empty(0, spec.vocab_size)
+        self._first_logits: dict[int, torch.Tensor] = {}
+        """The first rows of these, by their number."""
         self._norm = source.dequantized("model.norm.weight")
         last = _Packer(source, spec, _DIGITS_OF_LAST_LAYER)
         rotary = rotary_tables(spec.layers, max_model_len, torch.device("cpu"))
@@ -107,7 +109,10 @@ class NativeDecoder:
         count = hidden.shape[0]
         if count > self._logits.shape[0]:
             self._logits = torch.empty(count, self.spec.vocab_size)
-        return linear(self._team, self.head, hidden, self._logits[:count])
+            self._first_logits.clear()
+        if count not in self._first_logits:
+            self._first_logits[count] = self._logits[:count]
+        return linear(self._team, self.head, hidden, self._first_logits[count])
 
     def head_slab(self, token_ids: torch.Tensor | None) -> HeadSlab:
         if token_ids is None:

@@ -42,12 +42,13 @@ class GpuChoices:
         self._graphs: dict[tuple[int, bool, bool], _Graph] = {}
 
     def choose(
-        self, logits: torch.Tensor, sampling: RowSampling | None, positions: Sequence[int], edits: LogitsEdits
+        self, logits: torch.Tensor, sampling: RowSampling | None, positions: Sequence[int], edits: LogitsEdits | None
     ) -> list[int]:
         """As ``kernels.choose_tokens`` of the edited ``logits`` [L, V] float32, which are the same afterwards."""
         is_small = len(logits) <= len(self._logits)
         ours = self._logits[: len(logits)].copy_(logits) if is_small else logits.clone()
-        edit_on_gpu(ours, edits.sparse(), edits.allowed)
+        if edits is not None:
+            edit_on_gpu(ours, edits.sparse(), edits.allowed)
         if is_small:
             tokens = self._replay(len(logits), sampling, positions)
             if UNDECIDED not in tokens:

@@ -73,14 +73,7 @@ class Sampler:
             rows: one entry per sequence.
         """
         starts = [0, *accumulate([1 + len(sequence.draft_token_ids) for sequence in rows])]
-        edits = LogitsEdits(self._eos_token_ids, starts[-1], logits.shape[1])
-        for start, sequence in zip(starts, rows, strict=False):
-            request = sequence.request
-            state = request.sampling_state
-            if state is None:  # made no earlier: that takes a while for a long prompt
-                state = request.sampling_state = SamplingState(request.sampling, request.prompt_token_ids)
-            if state.edits_logits:
-                edits.add_sequence(start, request, sequence.draft_token_ids, state)
+        edits = self._edits(starts, rows, logits.shape[1])
         choices = self._choose(logits, edits, *_sampling_and_positions(rows))
         accepted = [_accept(one.draft_token_ids, choices, start) for one, start in zip(rows, starts, strict=False)]
         are_finite = [kept[-1] != _NO_TOKEN for kept in accepted]
@@ -88,11 +81,26 @@ class Sampler:
         logprobs = self._logprobs(logits, starts, rows, accepted)
         return list(map(SampledSequence, accepted, logprobs, are_finite))
 
+    def _edits(self, starts: list[int], rows: list[SamplingRows], vocab_size: int) -> LogitsEdits | None:
+        """Of all rows; None: there are none."""
+        edits = None
+        for start, sequence in zip(starts, rows, strict=False):
+            request = sequence.request
+            state = request.sampling_state
+            if state is None:  # made no earlier: that takes a while for a long prompt
+                state = request.sampling_state = SamplingState(request.sampling, request.prompt_token_ids)
+            if state.edits_logits:
+                edits = edits or LogitsEdits(self._eos_token_ids, starts[-1], vocab_size)
+                edits.add_sequence(start, request, sequence.draft_token_ids, state)
+        return edits
+
     def _choose(
-        self, logits: torch.Tensor, edits: LogitsEdits, sampling: RowSampling | None, positions: Sequence[int]
+        self, logits: torch.Tensor, edits: LogitsEdits | None, sampling: RowSampling | None, positions: Sequence[int]
     ) -> list[int]:
         if self._on_gpu is not None:
             return self._on_gpu.choose(logits, sampling, positions, edits)
+        if edits is None:
+            return kernel.choose_tokens(logits, sampling, positions, team=self._team)
         try:
             edited = edits.apply(logits)
             allowed = None if edits.allowed is None else torch.from_numpy(edits.allowed)

@@ -180,8 +180,9 @@ def test_chains_end_where_the_rule_says(
     steps = []
     for batch, result in stopping.calls:
         assert result.confidence is not None
-        steps.append(len(result.confidence))
-        assert steps[-1] == steps_by_the_rule(batch, result.confidence)
+        levels = np.array(result.confidence).T
+        steps.append(len(levels))
+        assert steps[-1] == steps_by_the_rule(batch, levels)
     assert len(set(steps)) > 2
     for verified, drafted, outcomes in stopping.judged:
         # Of what was not verified, the first is judged by the target's last choice, where all before it were right.
@@ -207,11 +208,11 @@ def test_how_sure_a_draft_is(
     for batch, result in stopping.calls:
         assert result.confidence is not None
         temperatures = [0.0] * len(batch.lengths) if batch.sampling is None else batch.sampling.temperatures
-        for step, row in np.ndindex(result.confidence.shape):
+        for row, step in np.ndindex(np.shape(result.confidence)):
             if step < batch.lengths[row]:
                 logits, token_ids = (one[0] for one in heads[0].candidates(result.hidden[step, row : row + 1]))
                 shares = (logits.double() / (temperatures[row] or 1.0)).softmax(0)
-                share = shares[token_ids == int(result.tokens[step, row])].item()
-                assert abs(share * CONFIDENCE_LEVELS - (result.confidence[step, row] + 0.5)) < 0.501
-                seen.add(int(result.confidence[step, row]))
+                share = shares[token_ids == result.tokens[row][step]].item()
+                assert abs(share * CONFIDENCE_LEVELS - (result.confidence[row][step] + 0.5)) < 0.501
+                seen.add(result.confidence[row][step])
     assert len(seen) > 3

@@ -505,5 +505,5 @@ for value, temperature in itertools.product((torch.nan, torch.inf), (0.0, 0.8)):
         [4], [5], np.array([[1, 2]], np.int32), sampling, stop=stop, tenants=[0], acceptance=[[0.9] * 4]
     )
     result = chain.run(batch, UnreadTokens([7], [5], [21], [0, 1], [6], [0], g))
-    print(json.dumps([result.tokens.tolist(), result.confidence.tolist()]))
+    print(json.dumps([result.tokens, result.confidence]))
 """

@@ -195,14 +195,13 @@ class DraftHead:
             stop: None: all chains get their length, and nothing is known of how sure the draft is.
         """
         result = chain.run(self._chain_batch(slots, tables, lora, stop), unread)
-        confidence = None if result.confidence is None else result.confidence.T.tolist()
         hidden = result.hidden.float().numpy() if self.vocab is not None and self.vocab.keeps_hidden else None
-        for row, (slot, tokens) in enumerate(zip(slots, result.tokens.T.tolist(), strict=True)):
+        for row, (slot, tokens) in enumerate(zip(slots, result.tokens, strict=True)):
             slot.request.draft_token_ids += tokens[: slot.num_tokens]
-            if confidence is not None:
-                slot.request.draft_state.confidence = confidence[row][: slot.num_tokens]
+            if result.confidence is not None:
+                slot.request.draft_state.confidence = result.confidence[row][: slot.num_tokens]
             if hidden is not None:
-                slot.request.draft_state.hidden = list(hidden[: slot.num_tokens, row])
+                slot.request.draft_state.hidden = list(hidden[: min(slot.num_tokens, len(tokens)), row])
 
     def _chain_batch(
         self, slots: Sequence[DraftSlot], tables: NDArray[np.int32], lora: LoraRows | None, stop: StopRule | None

@@ -244,8 +244,8 @@ class FeatureStore:
 def _latest(steps: list[Features]) -> Features:
     """Of each slot what came last: two threads may write the rows of one product in any order."""
     values, slots = torch.cat([step.values for step in steps]), torch.cat([step.slots for step in steps])
-    _, from_end = np.unique(slots.numpy()[::-1], return_index=True)
-    if len(from_end) == len(slots):
+    last = {slot: row for row, slot in enumerate(slots.tolist())}
+    if len(last) == slots.shape[0]:
         return Features(values, slots)
-    kept = torch.from_numpy(len(slots) - 1 - from_end)
+    kept = torch.tensor(list(last.values()))
     return Features(values[kept], slots[kept])
