@@ -15,12 +15,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kernels.batched_lora import LoraRows
+from kernels.batched_lora import LoraRows, NativeLora
 from kernels.choose_tokens import RowSampling
 from kernels.head_rows import TailSlabs
 from kernels.native import MatrixStruct, PackedMatrix, Team, address, integers, load_library, pointers
 from kernels.native_decoder import Decoder, KvCache
-from kernels.native_lora import NativeLora
 from kernels.native_sessions import Sessions
 from kernels.native_texts import Texts
 
@@ -220,7 +219,7 @@ def _unread_struct(unread: UnreadTokens) -> _Unread:
 
 def _lora_of(struct: _Unread | _Rows, lora: LoraRows | None) -> NativeLora | None:
     """Write adapters into a structure of the kernels; what is returned must live as long as that."""
-    native = None if lora is None else NativeLora(lora)
+    native = None if lora is None else lora.native
     struct.lora = None if native is None else ctypes.addressof(native.pointer.contents)
     return native
 

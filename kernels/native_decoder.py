@@ -6,16 +6,13 @@ import ctypes
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
+from kernels.batched_lora import NativeLora
 from kernels.huge_pages import huge_zeros
 from kernels.native import MatrixStruct, PackedMatrix, Team, address, integers, load_library, pointers
 from kernels.native_experts import ExpertsStruct, MixtureWeights
-
-if TYPE_CHECKING:
-    from kernels.native_lora import NativeLora
 
 
 class _Layer(ctypes.Structure):

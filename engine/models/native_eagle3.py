@@ -20,7 +20,6 @@ from engine.models.native_decoder import gate_up_rows, make_decoder, unsupported
 from kernels.batched_lora import LoraRows
 from kernels.native import MatrixPart, PackedMatrix, Team, linear, linear_to_rows, norm_features
 from kernels.native_decoder import LayerWeights
-from kernels.native_lora import NativeLora
 
 WEIGHT_TYPE = GGMLQuantizationType.Q4_1
 
@@ -132,7 +131,7 @@ class NativeEagle3:
         assert isinstance(attention, NativeAttention)
         attention.plan(batch)
         a = g.to(torch.float32, copy=True)
-        adapted = None if lora is None else NativeLora(lora)
+        adapted = None if lora is None else lora.native
         # A context that is only read, as that of a sequence's first draft, needs no attention and no MLP.
         wanted = None if len(batch.logits_indices) == len(a) else batch.logits_indices.int()
         self.layer.forward(attention.batch, attention.cache, a, embeddings.float().contiguous(), adapted, wanted)

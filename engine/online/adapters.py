@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from hashlib import blake2b
@@ -27,6 +28,8 @@ from kernels.upload import upload
 log = structlog.get_logger(__name__)
 
 _LOOK_SECONDS = 1.0
+_MOST_BATCHES = 64
+"""Whose rows are kept as the kernels read them: those of one sequence are the same in most of its steps."""
 
 
 class EagleAdapters:
@@ -67,6 +70,7 @@ class EagleAdapters:
         """Version of the channel at the last look that found it sound, and when to look again."""
         self._is_damaged = False
         """Whether something could not be read at the last look."""
+        self._rows_of = functools.lru_cache(_MOST_BATCHES)(self._make_rows)
         self.num_loads = 0
         self.num_failed_loads = 0
 
@@ -105,8 +109,9 @@ class EagleAdapters:
         if not self._by_key:
             return None
         slots = self.slots_of(requests)
-        if max(slots) < 0:
-            return None
+        return None if max(slots) < 0 else self._rows_of(tuple(slots))
+
+    def _make_rows(self, slots: tuple[int, ...]) -> LoraRows:
         [on_device] = upload(self._device, np.array(slots, np.int32))
         return LoraRows(on_device, self.parts)
 

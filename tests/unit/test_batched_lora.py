@@ -14,8 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import native
-from kernels.batched_lora import LoraPart, LoraRows, batched_lora
-from kernels.native_lora import NativeLora
+from kernels.batched_lora import LoraPart, LoraRows, NativeLora, batched_lora
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
