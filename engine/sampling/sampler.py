@@ -100,7 +100,7 @@ class Sampler:
         if self._on_gpu is not None:
             return self._on_gpu.choose(logits, sampling, positions, edits)
         if edits is None:
-            return kernel.choose_tokens(logits, sampling, positions, team=self._team)
+            return kernel.choose_tokens(logits, sampling, positions, None, None, self._team)
         try:
             edited = edits.apply(logits)
             allowed = None if edits.allowed is None else torch.from_numpy(edits.allowed)
