@@ -184,7 +184,7 @@ class NativeChain:
         if batch.stop is not None:
             rows.draft_cost = batch.stop.draft_cost
         rows.kept = _lora_of(rows, batch.lora)
-        places = tokens.buffer_info()[0], states.data_ptr(), levels.buffer_info()[0]
+        places = tokens.buffer_info()[0], states.data_ptr(), None if batch.stop is None else levels.buffer_info()[0]
         structs = self._model, _unread_struct(unread), rows, _Outputs(*places)
         made = load_library().evo_draft_chain(self.team.handle, *map(ctypes.byref, structs))
         of_rows = [slice(row, made * num_rows, num_rows) for row in range(num_rows)]
