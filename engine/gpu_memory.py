@@ -26,6 +26,10 @@ _STREAMS = 5
 _DRAFTED_BYTES = 4 * 2**20
 """Of the longest chains of most sequences: their tokens, and with a prior what those are chosen from."""
 _GRAPH_NODE_BYTES, _NODES_A_LAYER = 2048, 60
+_CONTEXT_BYTES = 512 * 2**20
+"""Of a process that has done nothing on the GPU but begin: the worker, which writes drafts' weights there."""
+_COLLECTIVES_BYTES = 512 * 2**20
+"""NCCL's buffers, which it takes when ranks first compute together."""
 
 
 class GpuReserve(NamedTuple):
@@ -38,6 +42,8 @@ class GpuReserve(NamedTuple):
     workspaces: int
     """Of attention and matrix products."""
     graphs: int
+    others: int
+    """Of the worker that trains drafts, and of what connects several GPUs."""
 
 
 def gpu_reserve(config: EngineConfig, spec: ModelSpec, element: int, has_draft: bool) -> GpuReserve:
@@ -58,7 +64,9 @@ def gpu_reserve(config: EngineConfig, spec: ModelSpec, element: int, has_draft: 
     activations = tokens * _activation_bytes(spec, element)
     max_blocks = -(-config.model.longest_sequence(spec) // config.cache.block_size)
     graphs = _graph_bytes(spec, max_blocks, drafted) + GRAPH_SIZES[-1] * _activation_bytes(spec, element)
-    return GpuReserve(activations, logits, _workspace_bytes(spec, drafted), graphs)
+    others = _CONTEXT_BYTES if has_draft and config.alignment.is_on else 0
+    others += _COLLECTIVES_BYTES if config.runtime.tensor_parallel_size > 1 else 0
+    return GpuReserve(activations, logits, _workspace_bytes(spec, drafted), graphs, others)
 
 
 def _num_rows(config: EngineConfig, drafted: int) -> int:

@@ -54,6 +54,9 @@ class Verifier:
             chosen = zip(first_rows, numbers, strict=True)
             places = np.array([row for first, number in chosen for row in range(first, first + number)])
             logits = logits[upload(logits.device, places)[0]]
+        if not rows and logits.is_cuda:
+            # Else nobody waits for such a step; the scheduler learns from its time how much of prompts one may have.
+            torch.cuda.current_stream().synchronize()
         sampled = iter(self._sampler.sample(logits, rows) if rows else ())
         choices = [next(sampled) if number else None for number in numbers]
         return list(map(_judge, sequences, first_rows, choices))

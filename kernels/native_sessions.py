@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import weakref
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
@@ -85,13 +86,10 @@ class Sessions:
             of_graph,
         )
         self.handle = POINTER(self._library.evo_sessions_new(ctypes.byref(made)))
+        weakref.finalize(self, self._library.evo_sessions_free, self.handle).atexit = False
         count, first_state = options.num_sessions, ctypes.addressof(self.state(0))
         self._weights = view_of(self._library.evo_sessions_weights(self.handle, 0), np.float32, count, NUM_FEATURES)
         self._gains = view_of(first_state, np.dtype(StateStruct), count)["gain"]
-
-    def __del__(self) -> None:
-        if hasattr(self, "handle"):
-            self._library.evo_sessions_free(self.handle)
 
     @property
     def num_bytes(self) -> int:

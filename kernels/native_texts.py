@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import weakref
 from array import array
 from collections.abc import Sequence
 
@@ -16,10 +17,7 @@ class Texts:
     def __init__(self, num_slots: int, capacity: int) -> None:
         self._library, self.num_slots = load(), num_slots
         self.handle = POINTER(self._library.evo_texts_new(num_slots, capacity))
-
-    def __del__(self) -> None:
-        if hasattr(self, "handle"):
-            self._library.evo_texts_free(self.handle)
+        weakref.finalize(self, self._library.evo_texts_free, self.handle).atexit = False
 
     @property
     def num_bytes(self) -> int:

@@ -9,6 +9,7 @@ NOT RUN on a GPU so far.
 from __future__ import annotations
 
 import ctypes
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +40,7 @@ class TableMemory:
         """Of order 2 or 3."""
         count, table = sessions.options.num_sessions, sessions.table(0, order)
         keys, tokens, counts = (
-            _all_of(array.ctypes.data, array.dtype, device, count, *array.shape)
+            _all_of(sessions, array.ctypes.data, array.dtype, device, count, *array.shape)
             for array in (table.keys, table.token_ids, table.counts)
         )
         return cls(keys, tokens, counts, table.shift)
@@ -72,7 +73,7 @@ class SessionMemory:
         """As a device reads it, as long as the sessions are there."""
         options, graph = sessions.options, sessions.graph
         count, state = options.num_sessions, ctypes.addressof(sessions.state(0))
-        states = _all_of(state, np.float64, device, count, ctypes.sizeof(StateStruct) // 8)
+        states = _all_of(sessions, state, np.float64, device, count, ctypes.sizeof(StateStruct) // 8)
         first = StateStruct.last.offset // 4
         values = None
         if graph is not None:
@@ -81,8 +82,8 @@ class SessionMemory:
         return cls(
             states,
             states.view(torch.int32)[:, first : first + 2],
-            _all_of(sessions.weights(0).ctypes.data, np.float32, device, count, NUM_FEATURES),
-            _all_of(sessions.unigrams(0).ctypes.data, np.float32, device, count, sessions.vocab_size),
+            _all_of(sessions, sessions.weights(0).ctypes.data, np.float32, device, count, NUM_FEATURES),
+            _all_of(sessions, sessions.unigrams(0).ctypes.data, np.float32, device, count, sessions.vocab_size),
             TableMemory.of(sessions, 2, device),
             TableMemory.of(sessions, 3, device),
             values,
@@ -115,7 +116,7 @@ class TextMemory:
         places = arrays.tokens, arrays.previous, arrays.latest, arrays.size
         both = zip(places, shapes, strict=True)
         tokens, previous, latest, sizes = (
-            _all_of(place, np.int32, device, texts.num_slots, *shape) for place, shape in both
+            _all_of(texts, place, np.int32, device, texts.num_slots, *shape) for place, shape in both
         )
         return cls(tokens, previous, latest, sizes, arrays.factor)
 
@@ -156,8 +157,8 @@ class DraftedRounds:
         return self.block[place, begin : begin + count * size]
 
 
-def _all_of(place: int, dtype: Any, device: torch.device, *shape: int) -> torch.Tensor:
-    """Memory of the host from a page's begin on, for kernels of a device.
+def _all_of(owner: object, place: int, dtype: Any, device: torch.device, *shape: int) -> torch.Tensor:
+    """Memory of the host from a page's begin on, for kernels of a device as long as its ``owner`` is there.
 
     Raises:
         RuntimeError: the driver does not take it.
@@ -170,6 +171,8 @@ def _all_of(place: int, dtype: Any, device: torch.device, *shape: int) -> torch.
             reason = runtime.cudaGetErrorString(failure)
             raise RuntimeError(
                 f"the GPU cannot read {memory.nbytes} bytes of main memory: {reason}; "
-                "it need not with --engine.speculation.dynamic.prior off"
+                "it need not with --no-engine.runtime.cuda_graphs"
             )
+        # Of an object's finalizers the last comes first: so this one before that which frees the memory.
+        weakref.finalize(owner, runtime.cudaHostUnregister, memory.data_ptr()).atexit = False
     return memory

@@ -1,7 +1,8 @@
 """Compiles every Triton kernel for GPUs that are not there: ``python -m tests.compiled_triton each 80 90 100``.
 
 In a process of its own, in which Triton does not interpret. ``each`` takes the first configuration of each kernel, and
-``every`` all of them. Prints a line for each that was compiled: generation, kernel, bytes.
+``every`` all of them. Prints a line for each that was compiled: generation, kernel, bytes, and how many loads it begins
+before it needs them.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from kernels.triton import (
 )
 
 FIRST_WITH_FP8 = 89
+WIDTHS = {"width", "num_inputs", "num_outputs", "x_stride", "out_stride"}
+"""Arguments that are multiples of 16 where models are, which a launch tells the compiler, as that pointers are."""
 Configuration = tuple[Any, dict[str, str], dict[str, Any]]
 """A kernel, the types of its arguments, and its constants."""
 
@@ -56,12 +59,16 @@ def configurations(generation: int) -> Iterator[Configuration]:
         yield kept_thresholds._thresholds_kernel, scores | limits | numbers, {"VALUES": values, "BLOCK": 1024}
     head = {"hidden": "*bf16", "head": "*bf16", "tail_rows": "*bf16", "tail_ids": "*i32", "slabs": "*i32"} | numbers
     for best in (2, 64):
-        sizes = {"BEST": best, "WIDTH": 32}
-        yield draft_head._core_kernel, head | scores, sizes | {"ROWS": 16, "COLUMNS": 256}
-        yield draft_head._tail_kernel, head | scores, sizes | {"SLOTS": 256}
+        of_core = {"BEST": best, "WIDTH": 32, "ROWS": 16, "COLUMNS": 256}
+        yield draft_head._core_kernel, head | scores, of_core
+        yield draft_head._tail_kernel, head | scores, {"BEST": min(best, 32), "WIDTH": 256, "SLOTS": 32}
     for weights, rank in product(("*bf16", "*fp32"), (8, 16, 32)):
         lora = {"out": "*bf16", "x": "*bf16", "a": weights, "b": weights, "slots": "*i32"} | numbers
-        yield batched_lora._lora_kernel, lora, {"RANK": rank, "INPUTS": 64, "OUTPUTS": 64}
+        yield (
+            batched_lora._lora_kernel,
+            lora,
+            {"RANK": rank, "INPUTS": 8192 // rank, "OUTPUTS": 8192 // rank, "SHARE": 2048},
+        )
     yield from _of_layers()
     if generation >= FIRST_WITH_FP8:
         of_rows = {"x": "*bf16", "codes": "*fp8e4nv", "scales": "*fp32", "largest": "fp32", "smallest": "fp32"}
@@ -124,9 +131,12 @@ def main() -> None:
             names = kernel.arg_names
             signature = {name: "constexpr" if name in constants else types[name] for name in names}
             places = {(names.index(name),): value for name, value in constants.items()}
-            source = ASTSource(fn=kernel, signature=signature, constexprs=places)
+            aligned = (place for place, name in enumerate(names) if signature[name][0] == "*" or name in WIDTHS)
+            attributes = {(place,): [["tt.divisibility", 16]] for place in aligned}
+            source = ASTSource(fn=kernel, signature=signature, constexprs=places, attrs=attributes)
             compiled = triton.compile(source, target=GPUTarget("cuda", generation, 32))
-            print(generation, kernel.__name__, len(compiled.asm["cubin"]), flush=True)
+            num_ahead = compiled.asm["ptx"].count("cp.async.cg")
+            print(generation, kernel.__name__, len(compiled.asm["cubin"]), num_ahead, flush=True)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 It refuses what CUDA refuses: tensors of two devices in one operation, addresses of device memory on the host, and
 within a capture everything that waits. A captured graph computes its operations anew from the memory that they read, so
-what the host decided while it was recorded stays as it was. It counts what costs time, by the line that caused it:
-waits of the host for the device, and launches outside of graphs. It says nothing about a GPU's numbers or its speed.
+what the host decided while it was recorded stays as it was; it is not replayed when something that it reads was freed.
+It counts what costs time, by the line that caused it: waits of the host for the device, and launches outside of graphs.
+It says nothing about a GPU's numbers or its speed.
 
 ``tests.emulated_driver.install`` puts it in place.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import os
 import sys
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -57,16 +59,48 @@ class Counts:
 
 
 COUNTS = Counts()
+_num_waits = 0
+"""In all, whatever was counted anew."""
 _pinned: dict[int, torch.Tensor] = {}
 """Pinned memory by its address, kept so that no address is used twice."""
 _registered = set[int]()
 """Addresses of memory of the host that kernels may read."""
-tapes: list[list[Callable[[], object]]] = []
-"""The graph that is being recorded, as the last of these; empty: none is."""
+_users = Counter[int]()
+"""How many tensors there are of each memory of the device, by its address. A graph's own operations do not count."""
 
 
 class CaptureError(RuntimeError):
     """Something that a stream capture refuses."""
+
+
+class Tape:
+    """What a graph does. It keeps no memory that it reads, as CUDA's graphs do not, but for what it has made itself."""
+
+    def __init__(self) -> None:
+        self.work: list[Callable[[], object]] = []
+        self.made = set[int]()
+        self._read: dict[int, str] = {}
+
+    def add(self, compute: Callable[[], object], reads: Iterable[Any]) -> None:
+        """``reads``: the device tensors of an operation; anything else is left out."""
+        self.work.append(compute)
+        for tensor in reads:
+            if isinstance(tensor, DeviceTensor):
+                self._read.setdefault(_address(tensor.held), line())
+
+    def check(self) -> None:
+        """Raise if something that the graph reads is no longer there."""
+        for address, where in self._read.items():
+            if address not in self.made and not _users[address]:
+                raise RuntimeError(f"a graph reads memory that was freed since it was recorded: {where}")
+
+
+tapes: list[Tape] = []
+"""The graph that is being recorded, as the last of these; empty: none is."""
+
+
+def _address(memory: torch.Tensor) -> int:
+    return memory.untyped_storage().data_ptr()
 
 
 class DeviceTensor(torch.Tensor):
@@ -79,7 +113,11 @@ class DeviceTensor(torch.Tensor):
         shape: dict[str, Any] = {"strides": held.stride(), "storage_offset": held.storage_offset()}
         made = torch.Tensor._make_wrapper_subclass(cls, held.size(), **shape, dtype=held.dtype, device=held.device)
         assert isinstance(made, DeviceTensor)
-        made.held = held
+        made.held, address = held, _address(held)
+        if tapes and not _users[address]:
+            tapes[-1].made.add(address)
+        _users[address] += 1
+        weakref.finalize(made, _users.subtract, (address,)).atexit = False
         return made
 
     @classmethod
@@ -136,12 +174,30 @@ def wait(reason: str) -> None:
     if tapes:
         raise CaptureError(f"{reason}, within a capture: {line()}")
     COUNTS.waits[f"{line()} {reason}"] += 1
+    wait_once()
 
 
-def launch(name: str, compute: Callable[[], object]) -> None:
+def wait_once() -> None:
+    """A wait that no later step has, and that does not count."""
+    global _num_waits
+    _num_waits += 1
+
+
+class Moment:
+    """A place in the stream, which the device has reached once the host has waited for it since."""
+
+    def __init__(self) -> None:
+        self._at = _num_waits
+
+    @property
+    def is_past(self) -> bool:
+        return _num_waits > self._at
+
+
+def launch(name: str, compute: Callable[[], object], reads: Iterable[Any]) -> None:
     """Work of the device that was done once already; a graph that is being recorded will do it again."""
     if tapes:
-        tapes[-1].append(compute)
+        tapes[-1].add(compute, reads)
     else:
         COUNTS.launches[f"{line()} {name}"] += 1
 
@@ -160,9 +216,16 @@ def held(value: Any) -> Any:
 
 def register(address: int, num_bytes: int, flags: int) -> int:
     """``cudaHostRegister``, which wants pages of their own."""
+    assert address not in _registered
     assert address % os.sysconf("SC_PAGE_SIZE") == 0
     assert num_bytes > 0
     _registered.add(address)
+    return 0
+
+
+def unregister(address: int) -> int:
+    """``cudaHostUnregister``."""
+    _registered.remove(address)
     return 0
 
 
@@ -192,7 +255,7 @@ def dispatch(func: Any, args: Any, kwargs: Any) -> Any:
     result = func(*inner_args, **inner_kwargs)
     is_in_place = "out" in kwargs or (name.endswith("_") and not name.endswith("__"))
     if name not in _VIEWS:
-        launch(name, lambda: _again(result, func(*inner_args, **inner_kwargs)))
+        launch(name, lambda: _again(result, func(*inner_args, **inner_kwargs)), tensors)
     if is_in_place:
         return kwargs.get("out", args[0])
     return tree_map(lambda value: DeviceTensor(value) if isinstance(value, torch.Tensor) else value, result)
@@ -226,7 +289,7 @@ def _copy(func: Any, args: Any, kwargs: Any) -> Any:
     no_wait = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
     func(held(to), held(source), *args[2:], **kwargs)
     if isinstance(to, DeviceTensor) and isinstance(source, DeviceTensor):
-        launch("copy_", lambda: func(to.held, source.held))
+        launch("copy_", lambda: func(to.held, source.held), (to, source))
     elif isinstance(to, DeviceTensor):
         _upload(source, no_wait)
     elif isinstance(source, DeviceTensor) and not (no_wait and _is_pinned(to)):

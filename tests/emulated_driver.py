@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +16,22 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from tests.emulated_cuda import COUNTS, compute_all, dispatch, held, is_readable, launch, line, register, tapes, wait
+from tests.emulated_cuda import (
+    COUNTS,
+    Moment,
+    Tape,
+    compute_all,
+    dispatch,
+    held,
+    is_readable,
+    launch,
+    line,
+    register,
+    tapes,
+    unregister,
+    wait,
+    wait_once,
+)
 
 
 class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -32,20 +47,36 @@ class _Stream:
         wait("synchronize")
 
 
+class _Event:
+    """``torch.cuda.Event``."""
+
+    def __init__(self) -> None:
+        self._moment: Moment | None = None
+
+    def record(self) -> None:
+        self._moment = Moment()
+
+    def synchronize(self) -> None:
+        if self._moment is not None and not self._moment.is_past:
+            wait("synchronize")
+
+
 class _Graph:
     """``torch.cuda.CUDAGraph``."""
 
     def __init__(self) -> None:
-        self.tape: list[Callable[[], object]] = []
+        self.tape = Tape()
 
     def replay(self) -> None:
         COUNTS.replays += 1
-        compute_all(self.tape)
+        self.tape.check()
+        compute_all(self.tape.work)
 
 
 @contextlib.contextmanager
 def _capture(graph: _Graph, **options: object) -> Iterator[None]:
-    """``torch.cuda.graph``."""
+    """``torch.cuda.graph``, which waits for all that was launched before."""
+    wait_once()
     tapes.append(graph.tape)
     try:
         yield
@@ -66,7 +97,7 @@ def _run_triton(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -
         KERNELS[self.__name__](*inner_args, **inner_kwargs)
 
     compute_all([compute])
-    launch(self.__name__, compute)
+    launch(self.__name__, compute, (*args, *kwargs.values()))
 
 
 def install(free: int = 60 << 30, total: int = 80 << 30) -> None:
@@ -88,8 +119,8 @@ def install(free: int = 60 << 30, total: int = 80 << 30) -> None:
     cuda._lazy_init, cuda.is_available, cuda.is_initialized = lambda: None, lambda: True, lambda: True
     cuda.get_device_capability = lambda device=None: (9, 0)
     cuda.mem_get_info = lambda device=None: (free, total)
-    cuda.current_stream, cuda.Stream = lambda device=None: _Stream(), _Stream
-    cuda.cudart = lambda: SimpleNamespace(cudaHostRegister=register)
+    cuda.current_stream, cuda.Stream, cuda.Event = lambda device=None: _Stream(), _Stream, _Event
+    cuda.cudart = lambda: SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=unregister)
     cuda.synchronize = lambda device=None: wait("synchronize")
     cuda.stream = lambda stream: contextlib.nullcontext()
     cuda.set_sync_debug_mode = lambda mode: None

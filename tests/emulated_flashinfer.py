@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tests.emulated_cuda import DeviceTensor, compute_all, held, launch, wait
+from tests.emulated_cuda import DeviceTensor, Moment, compute_all, held, launch, wait
 
 PREFILL, DECODE = "BatchPrefillWithPagedKVCacheWrapper", "BatchDecodeWithPagedKVCacheWrapper"
 _PARAMETERS = {
@@ -58,6 +58,7 @@ class _Wrapper:
         self.options = self._bound("__init__", *args, **kwargs)
         assert isinstance(self.options["float_workspace_buffer"], DeviceTensor)
         self.num_rows: int | None = None
+        self.planned: Moment | None = None
 
     def _bound(self, method: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         bound = SIGNATURES[self.name, method].bind(self, *args, **kwargs)
@@ -66,6 +67,8 @@ class _Wrapper:
 
     def _plan(self, plan: dict[str, Any], qo: torch.Tensor, table: tuple[torch.Tensor, ...]) -> None:
         indptr, indices, last = table
+        assert self.planned is None or self.planned.is_past, "the last plan may not have left its pinned memory"
+        self.planned = Moment()
         for one in (qo, *table):
             assert one.dtype == torch.int32
         for one in (qo, indptr, last):
@@ -95,17 +98,17 @@ class _Wrapper:
         assert (q.dtype, keys.dtype) == (plan["q_data_type"], plan["kv_data_type"])
         assert keys.stride() == values.stride()
         assert keys.shape[1] == plan["page_size"]
-        out = DeviceTensor(torch.zeros_like(held(q)))
-        log_sum = DeviceTensor(torch.zeros(q.shape[:2]))
-        buffers, scale, window = self.buffers, plan["sm_scale"], plan["window_left"]
+        inputs = *map(held, (q, keys, values)), self.buffers, plan["sm_scale"], plan["window_left"]
+        results = torch.zeros_like(held(q)), torch.zeros(q.shape[:2])
+        out, log_sum = map(DeviceTensor, results)
 
         def compute() -> None:
-            attended, logs = _attend(held(q), held(keys), held(values), buffers, scale, window)
-            out.held.copy_(attended)
-            log_sum.held.copy_(logs)
+            for result, new in zip(results, _attend(*inputs), strict=True):
+                result.copy_(new)
 
         compute_all([compute])
-        launch("attention", compute)
+        reads = [self.options[name] for name in _BUFFERS] if self.options.get("use_cuda_graph") else []
+        launch("attention", compute, (q, keys, values, *reads))
         return (out, log_sum) if call["return_lse"] else out
 
 

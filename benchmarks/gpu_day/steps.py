@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import tempfile
 import time
@@ -95,7 +96,9 @@ class Machine:
         )
 
     def engine(self, vocabulary: str, batch: int, temperature: float, max_tokens: int) -> EngineCore:
-        """With a batch of requests added."""
+        """With a batch of requests added. Nobody may hold an earlier one: its memory is given back first."""
+        gc.collect()
+        torch.cuda.empty_cache()
         core = EngineCore(self._config(vocabulary, batch), self.files, self.spec, target=self._target)
         generator = torch.Generator().manual_seed(0)
         for index in range(batch):
@@ -144,6 +147,7 @@ def _step_costs(machine: Machine, shape: str) -> None:
                 f"{free:6.1f} GiB free",
                 flush=True,
             )
+            del core
 
 
 def _check(machine: Machine, shape: str) -> None:
@@ -156,6 +160,7 @@ def _check(machine: Machine, shape: str) -> None:
             for one in core.step()[0][_CLIENT]:
                 outputs[int(one.request_id)] += one.token_ids
         of_each[vocabulary] = outputs
+        del core
     plain = of_each.pop("none")
     for vocabulary, outputs in of_each.items():
         same = sum(ours == theirs for ours, theirs in zip(outputs, plain, strict=True))

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from engine.attention.base import AttentionBackend, AttentionSpec
@@ -40,12 +41,32 @@ def page_table(batch: ForwardBatch, block_size: int) -> PageTable:
     """The blocks that hold the batch's context, this step's tokens included. Blocks allocated ahead are left out."""
     seq_lens, tables = batch.host.seq_lens.cpu(), batch.host.block_tables.cpu()
     num_pages = (seq_lens + block_size - 1) // block_size
-    used = torch.arange(tables.shape[1]) < num_pages[:, None]
+    used = [row[:count] for row, count in zip(tables.numpy(), num_pages.tolist(), strict=True)]
     return PageTable(
         indptr=torch.nn.functional.pad(num_pages.cumsum(0, dtype=torch.int32), (1, 0)),
-        indices=upload(batch.token_ids.device, tables[used].numpy())[0],
+        indices=upload(batch.token_ids.device, np.concatenate(used))[0],
         last_page_len=seq_lens - (num_pages - 1) * block_size,
     )
+
+
+class _Wrappers:
+    """flashinfer's, by the window of the layers that they run in; None: layers that see everything."""
+
+    def __init__(self, spec: AttentionSpec, make: Callable[[], Any]) -> None:
+        self.by_window = {window: make() for window in {spec.window(layer) for layer in range(spec.num_layers)}}
+        self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+    def plan(self, *arguments: Any, **options: Any) -> None:
+        """Plan all of them.
+
+        A wrapper writes each plan into the same pinned memory, and queues a copy from there: so the host waits until
+        the copy of the last one is done, if the device is so far behind.
+        """
+        self._copied.synchronize()
+        for window, wrapper in self.by_window.items():
+            # It counts the tokens before a query, and -1 is all of them.
+            wrapper.plan(*arguments, window_left=-1 if window is None else window - 1, **options)
+        self._copied.record()
 
 
 class _PlannedWrappers(AttentionBackend):
@@ -58,30 +79,24 @@ class _PlannedWrappers(AttentionBackend):
     def __init__(self, spec: AttentionSpec, cache: torch.Tensor) -> None:
         super().__init__(spec)
         self._cache = cache
-        self._wrappers: dict[int | None, Any] = {}
+        self._by_window: dict[int | None, Any] = {}
         self._slots = torch.empty(0)
 
-    def _of_each_window(self, make: Callable[[], Any]) -> dict[int | None, Any]:
-        """Wrappers by the window of the layers that they run in."""
-        return {window: make() for window in {self.spec.window(layer) for layer in range(self.spec.num_layers)}}
-
-    def _plan(self, batch: ForwardBatch, wrappers: dict[int | None, Any], slots: torch.Tensor, decodes: bool) -> None:
+    def _plan(self, batch: ForwardBatch, wrappers: _Wrappers, slots: torch.Tensor, decodes: bool) -> None:
         """Plan a step. ``slots``: [T] int64; ``decodes``: they are decode wrappers, which want no rows of queries."""
-        self._wrappers, self._slots, spec = wrappers, slots, self.spec
+        self._by_window, self._slots, spec = wrappers.by_window, slots, self.spec
         queries = [] if decodes else [batch.host.query_start_loc.cpu()]
         shape = (spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.block_size)
         arguments = (*queries, *page_table(batch, spec.block_size), *shape)
         options = {"q_data_type": spec.dtype, "kv_data_type": spec.dtype, "sm_scale": spec.softmax_scale}
         if not decodes:
             options["causal"] = True
-        for window, wrapper in wrappers.items():
-            # It counts the tokens before a query, and -1 is all of them.
-            wrapper.plan(*arguments, window_left=-1 if window is None else window - 1, **options)
+        wrappers.plan(*arguments, **options)
 
     def forward(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None = None
     ) -> torch.Tensor:
-        wrapper, (keys, values) = self._wrappers[self.spec.window(layer)], self._cache[layer]
+        wrapper, (keys, values) = self._by_window[self.spec.window(layer)], self._cache[layer]
         keys.flatten(0, 1)[self._slots] = k
         values.flatten(0, 1)[self._slots] = v
         if sinks is None:
@@ -115,7 +130,7 @@ class FlashInferAttention(_PlannedWrappers):
         # keys between the query heads of a group.
         prefill = partial(flashinfer.BatchPrefillWithPagedKVCacheWrapper, self._workspace, _LAYOUT, backend="fa2")
         decode = partial(flashinfer.BatchDecodeWithPagedKVCacheWrapper, self._workspace, _LAYOUT, use_tensor_cores=True)
-        self._prefill, self._decode = self._of_each_window(prefill), self._of_each_window(decode)
+        self._prefill, self._decode = _Wrappers(spec, prefill), _Wrappers(spec, decode)
 
     def plan(self, batch: ForwardBatch) -> None:
         decodes = len(batch.token_ids) == len(batch.seq_lens)
@@ -140,7 +155,8 @@ class _FixedFlashInfer(_PlannedWrappers):
         def buffer(size: int) -> torch.Tensor:
             return torch.zeros(size, dtype=torch.int32, device=spec.device)
 
-        self._fixed = self._of_each_window(
+        self._fixed = _Wrappers(
+            spec,
             lambda: _import_flashinfer().BatchPrefillWithPagedKVCacheWrapper(
                 workspace,
                 _LAYOUT,
@@ -150,7 +166,7 @@ class _FixedFlashInfer(_PlannedWrappers):
                 paged_kv_indices_buf=buffer(num_tokens * max_blocks),  # sequences may share blocks
                 paged_kv_last_page_len_buf=buffer(num_tokens),
                 backend="fa2",  # the kernel that was read for what it does with sequences of no query
-            )
+            ),
         )
 
     def plan(self, batch: ForwardBatch) -> None:

@@ -48,7 +48,12 @@ class MixtureOfExperts:
         if self.normalized:
             weights = weights / weights.sum(dim=-1, keepdim=True)
         out = torch.zeros_like(x, dtype=torch.float32)
-        for index in torch.unique(chosen).tolist():
-            tokens, places = (chosen == index).nonzero(as_tuple=True)
-            out.index_add_(0, tokens, self.experts[index].forward(x[tokens]) * weights[tokens, places, None])
+        of_choices, choices = chosen.flatten().sort(stable=True)
+        tokens, weights = choices // self.per_token, weights.flatten()[choices, None]
+        numbers = torch.arange(len(self.experts) + 1, device=x.device)
+        bounds = torch.searchsorted(of_choices, numbers).tolist()  # a GPU's host waits here, once
+        for expert, start, end in zip(self.experts, bounds[:-1], bounds[1:], strict=True):
+            if start < end:
+                mine = tokens[start:end]
+                out.index_add_(0, mine, expert.forward(x[mine]) * weights[start:end])
         return out.to(x.dtype)

@@ -49,8 +49,8 @@ class Shard:
         return self._attention
 
     def forward(self, capture: Sequence[int], *batch: Any) -> ForwardOutput:
-        """As the model's; ``batch``: the tensors of a ``ForwardBatch``."""
-        return self.model.forward(ForwardBatch(*batch), self._attention, capture)
+        """As the model's; ``batch``: the tensors of a ``ForwardBatch`` on the CPU."""
+        return self.model.forward(ForwardBatch(*batch).on(self.loaded.device), self._attention, capture)
 
     def make_core(self, token_ids: torch.Tensor | None) -> int:
         """Take this rank's part of a draft's core (None: all tokens); returns the bytes of what is copied for it."""
@@ -70,7 +70,8 @@ class Shard:
         return self.tails
 
     def write_tails(self, slabs: torch.Tensor, slots: torch.Tensor, token_ids: torch.Tensor) -> None:
-        """Put tokens [n] into slots [n] of slabs [n]."""
+        """Put tokens [n] into slots [n] of slabs [n]; all are int64 on the CPU."""
+        slabs, slots, token_ids = (values.to(self.loaded.device) for values in (slabs, slots, token_ids))
         rows = self.model.head_rows(token_ids)
         mine = slots % self.ranks.size == self.ranks.rank
         self.tails.put(slabs[mine], slots[mine] // self.ranks.size, token_ids[mine], rows[mine])
@@ -93,13 +94,11 @@ class ShardedModel:
     """A ``CausalLM``: rank 0 calls all ranks, each computes its part, and the result is here. One thread calls it."""
 
     def __init__(self, shard: Shard) -> None:
-        self._shard = shard
+        self._shard, self._device = shard, shard.loaded.device
         self.weight_bytes = shard.model.weight_bytes
 
     def call(self, name: str, *arguments: Argument) -> Any:
-        """Have all ranks run a method of their ``Shard``; returns what it returns here."""
-        device = self._shard.loaded.device
-        arguments = tuple(one.to(device) if isinstance(one, torch.Tensor) else one for one in arguments)
+        """Have all ranks run a method of their ``Shard``; returns what it returns here. Tensors are on one device."""
         with ends_with_the_group():
             self._shard.ranks.send(name, *arguments)
             return self._shard.run(name, arguments)
@@ -109,12 +108,15 @@ class ShardedModel:
         return attention
 
     def forward(self, batch: ForwardBatch, attention: AttentionBackend, capture: Sequence[int] = ()) -> ForwardOutput:
-        """Run all layers. The cache is the one that was allocated last, whatever ``attention`` is."""
-        output: ForwardOutput = self.call("forward", capture, *batch.tensors.values())
+        """Run all layers. The cache is the one that was allocated last, whatever ``attention`` is.
+
+        The batch goes to the other ranks as it is on the CPU, where each plans its attention.
+        """
+        output: ForwardOutput = self.call("forward", capture, *batch.host.tensors.values())
         return output
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
-        rows: torch.Tensor = self.call("model.embed", token_ids)
+        rows: torch.Tensor = self.call("model.embed", token_ids.to(self._device))
         return rows
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -124,11 +126,12 @@ class ShardedModel:
         return logits
 
     def head_rows(self, token_ids: torch.Tensor) -> torch.Tensor:
-        rows: torch.Tensor = self.call("model.head_rows", token_ids)
+        rows: torch.Tensor = self.call("model.head_rows", token_ids.to(self._device))
         return rows
 
     def head_slab(self, token_ids: torch.Tensor | None) -> HeadSlab:
         """The core of a draft's head, a part of it at each rank. There is one at a time."""
+        token_ids = None if token_ids is None else token_ids.to(self._device)
         num_bytes = self.call("make_core", token_ids)
         columns = slice(None) if token_ids is None else token_ids
         return HeadSlab(lambda hidden: self.compute_logits(hidden)[:, columns], num_bytes, find=self._find)

@@ -45,6 +45,8 @@ class _Call(msgspec.Struct):
     """What all ranks are to compute."""
 
     name: str
+    device: str
+    """Where its tensors are: "cuda" or "cpu"."""
     arguments: list[_Tensor | int | list[int] | None]
 
 
@@ -64,7 +66,6 @@ class Ranks:
             os.environ.setdefault(variable, "lo")
         if device_type == "cuda":
             torch.cuda.set_device(rank)
-        self._device = torch.device(device_type)
         backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
         is_host = listener is not None
         store = TCPStore(LOOPBACK, port, size, is_host, wait_for_workers=False, master_listen_fd=listener)
@@ -93,22 +94,23 @@ class Ranks:
         return part if parts is None else torch.cat(parts, dim=1)
 
     def send(self, name: str, *arguments: Argument) -> None:
-        """At rank 0: tell the others what is computed next, and with what. All tensors are on its device."""
+        """At rank 0: tell the others what is computed next, and with what. All tensors are on one device."""
         tensors = [one for one in arguments if isinstance(one, torch.Tensor)]
-        header = msgspec.json.encode(_Call(name, [_described(one) for one in arguments]))
+        device = tensors[0].device.type if tensors else "cpu"
+        header = msgspec.json.encode(_Call(name, device, [_described(one) for one in arguments]))
         dist.broadcast(torch.frombuffer(bytearray(header.ljust(_HEADER_BYTES)), dtype=torch.uint8), 0)
         if tensors:
             dist.broadcast(torch.cat([one.reshape(-1).view(torch.uint8) for one in tensors if one.numel()]), 0)
 
     def receive(self) -> tuple[str, list[Argument]]:
-        """At the other ranks: wait until rank 0 sends something."""
+        """At the other ranks: wait until rank 0 sends something. Tensors are where rank 0 has them."""
         header = torch.empty(_HEADER_BYTES, dtype=torch.uint8)
         dist.broadcast(header, 0)
         call = msgspec.json.decode(header.numpy().tobytes(), type=_Call)
         sizes = [one.num_bytes for one in call.arguments if isinstance(one, _Tensor)]
         if not sizes:
             return call.name, [one for one in call.arguments if not isinstance(one, _Tensor)]
-        data = torch.empty(sum(sizes), dtype=torch.uint8, device=self._device)
+        data = torch.empty(sum(sizes), dtype=torch.uint8, device=call.device)
         dist.broadcast(data, 0)
         parts = iter(torch.split(data, sizes))
         return call.name, [_tensor(next(parts), one) if isinstance(one, _Tensor) else one for one in call.arguments]

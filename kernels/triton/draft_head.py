@@ -16,6 +16,9 @@ from kernels.triton.topk import sort_keys
 
 _ROWS = 16  # hidden states of a program, the least that tl.dot takes
 _WIDTH = 32  # of hidden, at a time
+_SLOTS = 32  # of a tail, for a program: there are few, and many programs read faster than one
+_TAIL_WIDTH = 256  # of hidden, at a time, for them
+_STAGES = tl.constexpr(3)  # loads under way while numbers are added up; without products Triton wants to be told
 _NOTHING = tl.constexpr(-(2**63))
 
 
@@ -73,7 +76,7 @@ def _tail_kernel(
     at = tl.load(slabs + row).to(tl.int64) * num_slots + slot
     used = inside & (tl.load(tail_ids + at, mask=inside, other=-1) >= 0)
     sums = tl.zeros((SLOTS,), dtype=tl.float32)
-    for start in range(0, width, WIDTH):
+    for start in tl.range(0, width, WIDTH, num_stages=_STAGES):
         k = start + tl.arange(0, WIDTH)
         x = tl.load(hidden + row * width + k, mask=k < width, other=0.0).to(tl.float32)
         is_w = used[:, None] & (k[None, :] < width)
@@ -96,27 +99,28 @@ def draft_head_topk_triton(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As ``kernels.draft_head.draft_head_topk``, for a core of rows ``head`` [K, hidden] and their ``token_ids``.
 
-    ``block``: head rows of a program, a power of two from 16 on.
+    ``block``: rows of the core for a program, a power of two from 16 on.
     """
     hidden, head = hidden.contiguous(), head.contiguous()
     num_rows, width = hidden.shape
     num_columns, num_slots = len(head), 0 if tails is None else tails.slots
     k = min(k, num_columns + num_slots)
     # Two at least: before Triton 3.9 `tl.topk` of one does not compile in one dimension.
-    best = min(max(2, triton.next_power_of_2(k)), block)
-    pieces, tail_pieces = triton.cdiv(num_columns, block), triton.cdiv(num_slots, block)
-    keys = torch.empty(num_rows, (pieces + tail_pieces) * best, dtype=torch.int64, device=hidden.device)
-    sizes = {"BEST": best, "WIDTH": _WIDTH}
+    wanted = max(2, triton.next_power_of_2(k))
+    best, best_of_tail = min(wanted, block), min(wanted, _SLOTS)
+    pieces, tail_pieces = triton.cdiv(num_columns, block), triton.cdiv(num_slots, _SLOTS)
+    num_keys = pieces * best + tail_pieces * best_of_tail
+    keys = torch.empty(num_rows, num_keys, dtype=torch.int64, device=hidden.device)
     _core_kernel[(pieces, triton.cdiv(num_rows, _ROWS))](
-        *(hidden, head, keys, num_rows, num_columns, width, keys.stride(0)), ROWS=_ROWS, COLUMNS=block, **sizes
+        *(hidden, head, keys, num_rows, num_columns, width, keys.stride(0)),
+        **{"BEST": best, "ROWS": _ROWS, "COLUMNS": block, "WIDTH": _WIDTH},
     )
     if tails is not None and num_slots > 0:
         assert slabs is not None
         _tail_kernel[(tail_pieces, num_rows)](
             *(hidden, tails.rows, tails.token_ids, slabs, keys[:, pieces * best :]),
             *(num_slots, num_columns, width, keys.stride(0)),
-            SLOTS=block,
-            **sizes,
+            **{"BEST": best_of_tail, "SLOTS": _SLOTS, "WIDTH": _TAIL_WIDTH},
         )
     values, columns = decode_sort_keys(keys.topk(k, dim=1).values)
     chosen = columns if token_ids is None else token_ids[columns.clamp(max=num_columns - 1)]

@@ -84,6 +84,8 @@ class GpuChain:
         count, device = MAX_SPECULATIVE_TOKENS * CHAIN_SIZES[-1] * drafted_ints(head.num_kept), attention.spec.device
         self._drafted = torch.empty(count, dtype=torch.int32, device=device)
         """What chains choose, and from what; all graphs use it."""
+        self._rows = torch.arange(CHAIN_SIZES[-1], device=device)
+        """[B] int64; graphs read it, so it stays."""
         self._on_host = torch.empty(count, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._fixed: dict[tuple[int, int], AttentionBackend] = {}
         """By the size of a chain's graph and a place in the chain: chains of all lengths share them."""
@@ -200,7 +202,6 @@ class GpuChain:
         memory = FixedMemory(self._attention.spec.device, *arrays)
         slots, positions, own, adapters, *noise = memory.tensors
         state = torch.zeros(size, a.shape[1], dtype=a.dtype, device=a.device)
-        rows = torch.arange(size, device=a.device)
         attentions = []
         for place in range(1, length):
             if (size, place) not in self._fixed:
@@ -215,7 +216,7 @@ class GpuChain:
             now = state
             for place in range(length):
                 if place:
-                    batch = replace(plans[place - 1], positions=positions[place - 1], logits_indices=rows)
+                    batch = replace(plans[place - 1], positions=positions[place - 1], logits_indices=self._rows[:size])
                     attention = Planned(attentions[place - 1])
                     embedded = self._embed(drafted.chosen(place - 1))
                     now = self._network.forward(batch, attention, embedded, now, self._lora(adapters))

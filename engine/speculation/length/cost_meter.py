@@ -43,6 +43,8 @@ _LOGGED_SIZES = (1, 2, 3, 4, 5, 8, 12, 16, 24, 32, 48, 64)
 _WARM_UP_SECONDS = 0.5
 _FIRST_SECONDS = 0.5
 """For the first run at each size of a table. Sizes for which that has no time lie on the line through the last two."""
+_RECORDING_SECONDS = 20.0
+"""The same on a GPU, where a first run records the graphs that its size will need."""
 
 
 class CostMeter:
@@ -76,7 +78,9 @@ class CostMeter:
         batch_sizes = [size for size in _BATCH_SIZES if size <= most_sequences]
         verify_sizes = [size for size in _VERIFY_SIZES if size <= most_verified]
         self._warm_up()
-        drafts, verified = _fastest((batch_sizes, self._draft_seconds), (verify_sizes, self._verify_seconds))
+        tables = (batch_sizes, self._draft_seconds), (verify_sizes, self._verify_seconds)
+        limit = _RECORDING_SECONDS if torch.cuda.is_initialized() else _FIRST_SECONDS  # type: ignore[no-untyped-call]
+        drafts, verified = _fastest(*tables, limit=limit)
         first = [(size, one + learning) for size, (one, learning, _) in drafts]
         further = [(size, max(many - one, 0.0) / (_MANY_DRAFTS - 1)) for size, (one, _, many) in drafts]
         costs = StepCosts(
@@ -227,15 +231,17 @@ class _Runs:
         self.number += 1
 
 
-def _fastest(*tables: tuple[Sequence[int], Measure]) -> list[list[tuple[int, tuple[float, ...]]]]:
-    """For each table of sizes the least of several runs at each size, of as many sizes as there is time for.
+def _fastest(
+    *tables: tuple[Sequence[int], Measure], limit: float = _FIRST_SECONDS
+) -> list[list[tuple[int, tuple[float, ...]]]]:
+    """For each table of sizes the least of several runs at each size, of as many sizes as ``limit`` has seconds for.
 
     All sizes of all tables are measured in turn, again and again: a moment in which something else has the processor
     spoils one run of many sizes then, not all runs of one size, nor of one table, which are compared with each other.
     """
     for sizes, measure in tables:
         measure(sizes[0])  # a GPU's kernels are compiled, which may take longer than all runs
-    measured = [_first_runs(sizes, measure) for sizes, measure in tables]
+    measured = [_first_runs(limit, sizes, measure) for sizes, measure in tables]
     waiting = [runs for table in measured for runs in table]
     while waiting := [runs for runs in waiting if not runs.are_enough]:
         for runs in waiting:
@@ -243,12 +249,12 @@ def _fastest(*tables: tuple[Sequence[int], Measure]) -> list[list[tuple[int, tup
     return [[(runs.size, runs.least) for runs in table] for table in measured]
 
 
-def _first_runs(sizes: Sequence[int], measure: Measure) -> list[_Runs]:
+def _first_runs(limit: float, sizes: Sequence[int], measure: Measure) -> list[_Runs]:
     """At as many sizes as there is time for, and at two at least: through these goes the line to the others."""
     started = time.perf_counter()
     table: list[_Runs] = []
     for size in sizes:
-        if len(table) > 1 and time.perf_counter() - started >= _FIRST_SECONDS:
+        if len(table) > 1 and time.perf_counter() - started >= limit:
             break
         table.append(_Runs(size, measure, measure(size)))
     return table
