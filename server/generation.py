@@ -249,29 +249,29 @@ class Generation:
         num_tokens, metrics = len(output.token_ids), self._metrics
         if choice.last_output is None:
             choice.first_output = now
-            metrics.queue_seconds.observe(output.queue_seconds)
-            metrics.prefill_seconds.observe(max(0.0, now - self._arrival - output.queue_seconds))
+            metrics.observe("queue", output.queue_seconds)
+            metrics.observe("prefill", max(0.0, now - self._arrival - output.queue_seconds))
             if choice.index % self._n == 0:  # the engine has taken the prompt: once for all of its choices
-                self._metrics.prompt_tokens.inc(len(self.prompt_of(choice.index).token_ids))
-            self._metrics.ttft.observe(now - self._arrival)
+                metrics.prompt_tokens.inc(len(self.prompt_of(choice.index).token_ids))
+            metrics.observe("ttft", now - self._arrival)
         elif num_tokens:
-            self._metrics.inter_token_latency.observe((now - choice.last_output) / num_tokens)
+            metrics.observe("inter_token", (now - choice.last_output) / num_tokens)
         choice.last_output = now
         choice.num_tokens += num_tokens
         metrics.generation_tokens.inc(num_tokens)
         if output.finish_reason in FINISH_REASONS:
             metrics.finished[output.finish_reason].inc()
-            metrics.decode_seconds.observe(now - choice.first_output)
+            metrics.observe("decode", now - choice.first_output)
             if choice.num_tokens > 1:
-                metrics.token_seconds.observe((now - choice.first_output) / (choice.num_tokens - 1))
-            metrics.request_prompt_tokens.observe(len(self.prompt_of(choice.index).token_ids))
-            metrics.request_generation_tokens.observe(choice.num_tokens)
+                metrics.observe("token", (now - choice.first_output) / (choice.num_tokens - 1))
+            metrics.observe("prompt_tokens", len(self.prompt_of(choice.index).token_ids))
+            metrics.observe("generation_tokens", choice.num_tokens)
 
     def _observe_end(self) -> None:
-        self._metrics.e2e_latency.observe(time.monotonic() - self._arrival)
+        self._metrics.observe("e2e", time.monotonic() - self._arrival)
         lengths = [choice.num_tokens for choice in self._choices.values()]
         for first in range(0, len(lengths), self._n):
-            self._metrics.most_generation_tokens.observe(max(lengths[first : first + self._n]))
+            self._metrics.observe("most_generation_tokens", max(lengths[first : first + self._n]))
 
 
 def _engine_error(output: EngineOutput) -> ApiError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping, Sequence
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, generate_latest
 
@@ -22,6 +23,19 @@ _SESSION_SECONDS = (0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.
 _TOKENS = [2**i for i in range(18)]
 FINISH_REASONS = ("stop", "length")
 _TAIL_TOKENS = (0, 32, 64, 128, 256, 512, 768, 1024, 1536, 2048)
+_HISTOGRAMS: Mapping[str, tuple[str, str, Sequence[float]]] = {
+    "ttft": ("time_to_first_token_seconds", "From the tokenised request to the first token of a sequence.", _SECONDS),
+    "inter_token": ("inter_token_latency_seconds", "Seconds a token between two outputs of a sequence.", _SECONDS),
+    "e2e": ("e2e_request_latency_seconds", "From the tokenised request to its last token.", _SECONDS),
+    "queue": ("request_queue_time_seconds", "From a sequence's arrival in the engine until it runs.", _SECONDS),
+    "prefill": ("request_prefill_time_seconds", "From there to its first token.", _SECONDS),
+    "decode": ("request_decode_time_seconds", "From its first token to its last.", _SECONDS),
+    "token": ("request_time_per_output_token_seconds", "Seconds a token of a sequence, after its first.", _SECONDS),
+    "prompt_tokens": ("request_prompt_tokens", "Of a sequence.", _TOKENS),
+    "generation_tokens": ("request_generation_tokens", "Of a sequence.", _TOKENS),
+    "most_generation_tokens": ("request_max_num_generation_tokens", "Of the longest of a prompt's sequences.", _TOKENS),
+}
+"""Of requests, by the name that ``TenantMetrics.observe`` takes."""
 
 
 class BoundedLabels:
@@ -50,16 +64,7 @@ class TenantMetrics:
         labels = (metrics.model, tenant)
         self.prompt_tokens = metrics.prompt_tokens.labels(*labels)
         self.generation_tokens = metrics.generation_tokens.labels(*labels)
-        self.ttft = metrics.ttft.labels(*labels)
-        self.inter_token_latency = metrics.inter_token_latency.labels(*labels)
-        self.e2e_latency = metrics.e2e_latency.labels(*labels)
-        self.queue_seconds = metrics.queue_seconds.labels(*labels)
-        self.prefill_seconds = metrics.prefill_seconds.labels(*labels)
-        self.decode_seconds = metrics.decode_seconds.labels(*labels)
-        self.token_seconds = metrics.token_seconds.labels(*labels)
-        self.request_prompt_tokens = metrics.request_prompt_tokens.labels(*labels)
-        self.request_generation_tokens = metrics.request_generation_tokens.labels(*labels)
-        self.most_generation_tokens = metrics.most_generation_tokens.labels(*labels)
+        self._histograms = {name: each.labels(*labels) for name, each in metrics.histograms.items()}
         self.finished = {reason: metrics.finished.labels(*labels, reason) for reason in FINISH_REASONS}
         metrics.disconnects.labels(*labels)  # shown as 0 from the start
         self._metrics = metrics
@@ -73,6 +78,9 @@ class TenantMetrics:
         self._coverage: tuple[Counter, Counter] | None = None
         """Of verified and of covered tokens; None, and no series, while no sequence had a vocabulary."""
         self._tail_hits: dict[str, Counter] = {}
+
+    def observe(self, histogram: str, value: float) -> None:
+        self._histograms[histogram].observe(value)
 
     def observe_draft(self, num_draft_tokens: int, num_accepted_tokens: int, copied: bool) -> None:
         """Count a step of a sequence that verified drafts, ``copied`` from its text or the draft's own."""
@@ -142,27 +150,12 @@ class Metrics:
         self.engine = EngineMetrics(self.registry, self.tenants.label)
 
     def _define_request_metrics(self, families: MetricFamilies) -> None:
-        counter, histogram = families.counter, families.histogram
+        counter = families.counter
         self.requests = counter("requests", "HTTP requests.", "endpoint", "status")
         self.disconnects = counter("client_disconnects", "Requests whose client went away.")
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens admitted.")
         self.generation_tokens = counter("generation_tokens", "Tokens generated.")
-        about = "From the tokenised request to the first token of a sequence."
-        self.ttft = histogram("time_to_first_token_seconds", about, _SECONDS)
-        about = "Seconds a token between two outputs of a sequence."
-        self.inter_token_latency = histogram("inter_token_latency_seconds", about, _SECONDS)
-        about = "From the tokenised request to its last token."
-        self.e2e_latency = histogram("e2e_request_latency_seconds", about, _SECONDS)
-        about = "From a sequence's arrival in the engine until it runs."
-        self.queue_seconds = histogram("request_queue_time_seconds", about, _SECONDS)
-        self.prefill_seconds = histogram("request_prefill_time_seconds", "From there to its first token.", _SECONDS)
-        self.decode_seconds = histogram("request_decode_time_seconds", "From its first token to its last.", _SECONDS)
-        about = "Seconds a token of a sequence, after its first."
-        self.token_seconds = histogram("request_time_per_output_token_seconds", about, _SECONDS)
-        self.request_prompt_tokens = histogram("request_prompt_tokens", "Of a sequence.", _TOKENS)
-        self.request_generation_tokens = histogram("request_generation_tokens", "Of a sequence.", _TOKENS)
-        about = "Of the longest of a prompt's sequences."
-        self.most_generation_tokens = histogram("request_max_num_generation_tokens", about, _TOKENS)
+        self.histograms = {name: families.histogram(*about) for name, about in _HISTOGRAMS.items()}
         self.finished = counter("request_success", "Sequences that came to their end.", "finished_reason")
 
     def _define_speculation_metrics(self, families: MetricFamilies) -> None:

@@ -20,10 +20,10 @@ def rendered() -> str:
         own.generation_tokens.inc(5)
         own.observe_draft(4, 2, copied=False)
         own.observe_draft(20, 20, copied=True)
-        own.ttft.observe(0.02)
+        own.observe("ttft", 0.02)
         own.finished["stop"].inc()
-        own.request_prompt_tokens.observe(10)
-        own.most_generation_tokens.observe(5)
+        own.observe("prompt_tokens", 10)
+        own.observe("most_generation_tokens", 5)
     stats: dict[str, Any] = dict.fromkeys(EngineStats.__struct_fields__, 0) | {"blocks_used": 1, "blocks_total": 4}
     metrics.engine._observe_stats(EngineStats(**stats | {"num_running": 2, "waiting_by_tenant": {}, "alignment": None}))
     return metrics.render().decode()
