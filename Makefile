@@ -85,9 +85,6 @@ bench-acceptance: $(VENV)/.kernels $(VENV)/.bench  ## How many draft tokens are 
 bench-hour: $(VENV)/.kernels $(VENV)/.bench  ## A tenant that is learned from beside one that is not, two domains one after the other (under an hour).
 	$(BIN)/python -m benchmarks.hour $(ARGS)
 
-bench-soak: $(VENV)/.kernels $(VENV)/.bench  ## 200 streams, 500 disconnects, mixed load (at most 20 minutes).
-	$(BIN)/python -m benchmarks.soak $(ARGS)
-
 attack: $(VENV)/.kernels $(VENV)/.bench  ## Attack servers started for it; what other tenants notice (under 40 minutes).
 	$(BIN)/python -m benchmarks.attack $(ARGS)
 
@@ -101,4 +98,4 @@ fleet: $(VENV)/.kernels $(VENV)/.bench $(VENV)/.ray  ## Three replicas behind En
 gpu-day: $(VENV)/.dev $(VENV)/.bench  ## On a machine with a GPU: what to find out first, into gpu-day.md.
 	$(BIN)/python -m benchmarks.gpu_day $(ARGS)
 
-.PHONY: fleet gpu-day bench bench-serve bench-acceptance bench-hour bench-soak attack
+.PHONY: fleet gpu-day bench bench-serve bench-acceptance bench-hour attack

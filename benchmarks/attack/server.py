@@ -41,7 +41,7 @@ class Server:
 
     def memory_mb(self) -> dict[str, float]:
         """Megabytes of its processes by role; what several processes share counts once (proportional set size)."""
-        return {name: size / 1e6 for name, size in memory(self.process, "pss").items()}
+        return {name: size / 1e6 for name, size in memory(self.process).items()}
 
     def api_mb(self) -> float:
         """Resident megabytes of the process that serves HTTP."""

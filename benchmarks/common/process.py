@@ -128,14 +128,14 @@ def tree(process: psutil.Process) -> list[psutil.Process]:
     return [process, *process.children(recursive=True)]
 
 
-def memory(process: psutil.Process, kind: str) -> dict[str, int]:
-    """Bytes of a server's processes by role, "api" for the launcher; ``kind``: of psutil's, rss or pss."""
+def memory(process: psutil.Process) -> dict[str, int]:
+    """Bytes of a server's processes by role, "api" for the launcher; what several share counts once in all."""
     sizes: Counter[str] = Counter()
     for member in tree(process):
         with suppress(psutil.NoSuchProcess):
             command = " ".join(member.cmdline())
             role = next((name for word, name in _ROLES.items() if word in command), "api")
-            sizes[role] += getattr(member.memory_full_info(), kind)
+            sizes[role] += member.memory_full_info().pss
     return sizes
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from benchmarks.attack import compiling, masks, starving
+from benchmarks.attack import compiling, disconnects, masks, starving
 from benchmarks.attack.clients import CHAT, FOUR_TOKENS, Answer, ask, with_schema
 from benchmarks.attack.determinism import compare
 from benchmarks.attack.forge_channel import channel_options, forge
@@ -138,6 +138,14 @@ def test_the_connection_of_a_refused_body_ends(attacked: Server) -> None:
         while part := connection.recv(65536):
             answer += part
     assert b" 401 " in answer.splitlines()[0]
+
+
+@pytest.mark.usefixtures("victim_is_served")
+def test_clients_that_go_away_leave_nothing(attacked: Server) -> None:
+    figures = disconnects.measure(attacked, num_streams=8, num_leavers=24, patience=1.0)
+    assert figures["streams_at_once"] == 8
+    assert figures["gone"] > 0
+    assert (figures["failed"], figures["blocks_left"], figures["sequences_left"]) == (0, 0, 0)
 
 
 @pytest.mark.usefixtures("victim_is_served")
