@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
-from engine.messages import Grammar
+from engine.messages import Grammar, SamplingParams
 from tests.tiny_drafts import Setting
 
+NUM_TOKENS = 40
 SETTINGS = {
     "alone": Setting(max_num_seqs=1),
     "batch": Setting(),
@@ -28,3 +30,12 @@ SAMPLED: dict[str, dict[str, Any]] = {
     "calls": {"grammar": Grammar("structural_tag", json.dumps(_CALLS))},
     "few tokens": {"logit_bias": dict.fromkeys((10, 11, 12), 50.0)},  # so that there is something to copy
 }
+
+
+def make_sampling(kind: str, count: int, sampled: Mapping[str, dict[str, Any]] = SAMPLED) -> list[SamplingParams]:
+    """Of ``count`` requests, each with a seed of its own: all greedy, or with the sets of ``sampled`` in turn."""
+    sets = [{"temperature": 0.0}] if kind == "greedy" else list(sampled.values())
+    return [
+        SamplingParams(**({"max_tokens": NUM_TOKENS, "ignore_eos": True, "seed": index} | sets[index % len(sets)]))
+        for index in range(count)
+    ]

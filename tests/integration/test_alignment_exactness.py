@@ -14,7 +14,6 @@ from array import array
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -42,12 +41,11 @@ from engine.step_plan import ScheduledSequence
 from kernels import native
 from tests.alignment import exchange_whole_drafts, make_alignment, make_prompts, read_records
 from tests.combinations import pairwise
-from tests.exactness import SAMPLED, SETTINGS
+from tests.exactness import NUM_TOKENS, SETTINGS, make_sampling
 from tests.tiny_drafts import CLIENT, Engine, make_draft_directory
 from tests.tiny_models import make_directory
 
 TENANTS = ["law", "clinic", "code"]
-NUM_TOKENS = 40
 CPU = torch.device("cpu")
 
 
@@ -109,14 +107,6 @@ def make_engine(files: ModelFiles, draft: Path, setting: str, alignment: Adapter
         method="eagle3", draft=str(draft), adaptive=False, num_speculative_tokens=4, vocabulary="dynamic:full+0"
     )
     return Engine(files, SETTINGS[setting], speculation if alignment else None, alignment=alignment)
-
-
-def make_sampling(kind: str, count: int) -> list[SamplingParams]:
-    sets: list[dict[str, Any]] = [{"temperature": 0.0}] if kind == "greedy" else list(SAMPLED.values())
-    return [
-        SamplingParams(**({"max_tokens": NUM_TOKENS, "ignore_eos": True, "seed": i} | sets[i % len(sets)]))
-        for i in range(count)
-    ]
 
 
 @pytest.fixture(scope="module")

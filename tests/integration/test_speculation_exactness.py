@@ -22,14 +22,12 @@ from engine.speculation import draft_files
 from engine.speculation.drafters.head import COUNTS_FILE
 from kernels import native
 from tests.combinations import pairwise
-from tests.exactness import SAMPLED, SETTINGS
+from tests.exactness import SETTINGS, make_sampling
 from tests.tiny_drafts import Engine, make_draft_directory
 from tests.tiny_models import make_directory
 
 COPYING = ("n-grams", "n-grams, else eagle3")
 DRAFTS = ("eagle3", "other model", "target itself", *COPYING)
-NUM_TOKENS = 40
-GREEDY = SamplingParams(max_tokens=NUM_TOKENS, seed=0, temperature=0.0, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
@@ -83,13 +81,7 @@ def repeating(prompts: list[list[int]]) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def sampling(prompts: list[list[int]]) -> dict[str, list[SamplingParams]]:
-    """Greedy; and every set of parameters, and a seed for each prompt."""
-    sets = list(SAMPLED.values())
-    sampled = [
-        SamplingParams(**({"max_tokens": NUM_TOKENS, "ignore_eos": True, "seed": index} | sets[index % len(sets)]))
-        for index in range(len(prompts))
-    ]
-    return {"greedy": [GREEDY] * len(prompts), "sampled": sampled}
+    return {kind: make_sampling(kind, len(prompts)) for kind in ("greedy", "sampled")}
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +175,6 @@ def test_compiled_kernels_alone(tmp_path: Path, prompts: list[list[int]]) -> Non
     speculation = SpeculationConfig(method="eagle3", draft=draft, adaptive=False, num_speculative_tokens=6)
     engine = Engine(files, SETTINGS["alone"], speculation, dtype="auto")
     plain = Engine(files, SETTINGS["alone"], dtype="auto")
-    params = [GREEDY] * len(prompts)
+    params = make_sampling("greedy", len(prompts))
     assert engine.generate_alone(prompts, params) == plain.generate_alone(prompts, params)
     assert engine.num_drafted > 0

@@ -24,10 +24,10 @@ from engine.speculation.drafters.head import COUNTS_FILE
 from engine.speculation.drafters.session_head import GRAPH_FILE
 from tests import exactness
 from tests.combinations import pairwise
+from tests.exactness import NUM_TOKENS, make_sampling
 from tests.tiny_drafts import Engine, Setting, make_draft_directory
 from tests.tiny_models import VOCAB_SIZE, make_directory
 
-NUM_TOKENS = 40
 SETTINGS = {**exactness.SETTINGS, "preemption": Setting(num_blocks=12)}
 OPTIONS: dict[str, dict[str, object]] = {
     "all": {"target_signal": "every"},
@@ -36,7 +36,12 @@ OPTIONS: dict[str, dict[str, object]] = {
     "no prior": {"prior": "off", "replacement": "lru", "tenant_memory": False},
     "few": {"max_sessions": 2, "target_signal": "off", "in_context": False},
 }
-GREEDY = SamplingParams(max_tokens=NUM_TOKENS, seed=0, temperature=0.0, ignore_eos=True)
+SAMPLED: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "truncated": {"temperature": 0.7, "top_k": 20},
+    "penalties": {"repetition_penalty": 1.3},
+    "min_p": {"temperature": 0.4, "min_p": 0.1},
+}
 
 
 @pytest.fixture(scope="module")
@@ -79,18 +84,7 @@ def prompts() -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def sampling(prompts: list[list[int]]) -> dict[str, list[SamplingParams]]:
-    """Greedy, and sampled with other parameters for each prompt."""
-    sets: tuple[dict[str, Any], ...] = (
-        {},
-        {"temperature": 0.7, "top_k": 20},
-        {"repetition_penalty": 1.3},
-        {"temperature": 0.4, "min_p": 0.1},
-    )
-    sampled = [
-        SamplingParams(**({"max_tokens": NUM_TOKENS, "ignore_eos": True, "seed": place} | sets[place % len(sets)]))
-        for place in range(len(prompts))
-    ]
-    return {"greedy": [GREEDY] * len(prompts), "sampled": sampled}
+    return {kind: make_sampling(kind, len(prompts), SAMPLED) for kind in ("greedy", "sampled")}
 
 
 @pytest.fixture(scope="module")
@@ -187,13 +181,14 @@ def test_damaged_snapshots_start_cold(
     files: ModelFiles,
     drafts: dict[str, SpeculationConfig],
     prompts: list[list[int]],
+    sampling: dict[str, list[SamplingParams]],
     expected: dict[str, list[list[int]]],
     tmp_path: Path,
 ) -> None:
     engine = make_engine(files, drafts["eagle3"], "batch", "dynamic:64+32", tmp_path)
-    _, sound = run(engine, prompts, [GREEDY] * len(prompts))
+    _, sound = run(engine, prompts, sampling["greedy"])
     damaged = [data[:-9] if place % 2 else b"\xff" * 40 for place, data in enumerate(sound)]
-    outputs, snapshots = run(engine, prompts, [GREEDY] * len(prompts), damaged)
+    outputs, snapshots = run(engine, prompts, sampling["greedy"], damaged)
     assert outputs == expected["greedy"]
     assert engine.core.stats().snapshots_refused == len(prompts)
     for data in snapshots:
