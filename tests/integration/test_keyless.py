@@ -55,17 +55,6 @@ async def test_a_body_without_end_is_answered_and_cut_off(serve: Any, path: str,
         assert (await api.client.get("/health")).status_code == 200
 
 
-async def test_slow_bodies_hold_no_connections(serve: Any) -> None:
-    async with serve(one_token, *keys("acme")) as api:
-        connections = [await connect(api) for _ in range(100)]
-        for _, writer in connections:
-            writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100000000000\r\n\r\n{")
-        for reader, writer in connections:
-            assert (await read_response(reader))[0] == 401
-            assert await is_closed(reader)
-            writer.close()
-
-
 async def test_who_reads_nothing_of_a_large_file_keeps_no_file_open(serve: Any) -> None:
     """There are files for all connections and for the engine and Redis, not for two of each client."""
     async with serve(one_token, *keys("acme")) as api:
