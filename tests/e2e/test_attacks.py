@@ -143,7 +143,6 @@ def test_the_connection_of_a_refused_body_ends(attacked: Server) -> None:
 @pytest.mark.usefixtures("victim_is_served")
 def test_clients_that_go_away_leave_nothing(attacked: Server) -> None:
     figures = disconnects.measure(attacked, num_streams=8, num_leavers=24, patience=1.0)
-    assert figures["streams_at_once"] == 8
     assert figures["gone"] > 0
     assert (figures["failed"], figures["blocks_left"], figures["sequences_left"]) == (0, 0, 0)
 
