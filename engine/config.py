@@ -34,26 +34,21 @@ MAX_TAIL_TOKENS = 2048
 class ModelConfig(Section):
     """Which model is served and in what precision."""
 
-    name: str = Field(
-        "smollm2-135m",
-        description="Registry name, path of a .gguf file or safetensors directory, or Hugging Face hub id.",
-    )
-    served_name: str | None = Field(default=None, description="Name shown to clients; default: the model's name.")
-    revision: str | None = Field(default=None, description="Revision of a hub id.")
-    cache_dir: Path = Field(
-        Path.home() / ".cache" / "evospec", description="Where downloads and derived files are kept."
-    )
-    verify: bool = Field(
-        default=True,
-        description="After each start, hash the files that were downloaded, beside the engine at the lowest priority, "
-        "and end the server if one is damaged.",
-    )
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="Activations and KV cache; auto: bfloat16 where the device is fast at it."
-    )
-    max_model_len: int | None = Field(
-        None, ge=32, description="Longest prompt + output in tokens; default: the model's own limit, at most 8192."
-    )
+    name: str = "smollm2-135m"
+    """Registry name, path of a .gguf file or safetensors directory, or Hugging Face hub id."""
+    served_name: str | None = None
+    """Name shown to clients; default: the model's name."""
+    revision: str | None = None
+    """Revision of a hub id."""
+    cache_dir: Path = Path.home() / ".cache" / "evospec"
+    """Where downloads and derived files are kept."""
+    verify: bool = True
+    """After each start, hash the files that were downloaded, beside the engine at the lowest priority, and end the
+    server if one is damaged."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Activations and KV cache; auto: bfloat16 where the device is fast at it."""
+    max_model_len: int | None = Field(default=None, ge=32)
+    """Longest prompt + output in tokens; default: the model's own limit, at most 8192."""
 
     def longest_sequence(self, spec: ModelSpec) -> int:
         """Most tokens of a sequence, as asked for or by default; ``ModelError`` if the model cannot have them."""
@@ -66,19 +61,17 @@ class ModelConfig(Section):
 class CacheConfig(Section):
     """The paged KV cache."""
 
-    block_size: Literal[16, 32, 64] = Field(default=16, description="Tokens per KV block.")
-    memory_fraction: float = Field(
-        0.5,
-        gt=0,
-        lt=1,
-        description="Share of the memory free after loading given to KV blocks; on a GPU: 0.95 of what steps and CUDA "
-        "graphs leave of it.",
-    )
-    max_bytes: int | None = Field(2 * 1024**3, gt=0, description="Upper bound on KV memory in bytes; on a GPU: none.")
-    num_blocks: int | None = Field(
-        default=None, ge=2, description="Exact number of blocks, instead of sizing by memory."
-    )
-    prefix_caching: bool = Field(default=True, description="Share KV blocks of equal prefixes within a tenant.")
+    block_size: Literal[16, 32, 64] = 16
+    """Tokens per KV block."""
+    memory_fraction: float = Field(default=0.5, gt=0, lt=1)
+    """Share of the memory free after loading given to KV blocks; on a GPU: 0.95 of what steps and CUDA graphs leave of
+    it."""
+    max_bytes: int | None = Field(default=2 * 1024**3, gt=0)
+    """Upper bound on KV memory in bytes; on a GPU: none."""
+    num_blocks: int | None = Field(default=None, ge=2)
+    """Exact number of blocks, instead of sizing by memory."""
+    prefix_caching: bool = True
+    """Share KV blocks of equal prefixes within a tenant."""
 
     def num_blocks_in(self, budget: int, bytes_per_block: int, longest: int) -> int:
         """Blocks in ``budget`` bytes; raises ``ModelError`` if they do not hold one sequence of ``longest`` tokens."""
@@ -94,21 +87,15 @@ class CacheConfig(Section):
 class SchedulerConfig(Section):
     """Continuous batching."""
 
-    max_num_seqs: int = Field(default=256, ge=1, description="Most sequences in one step.")
-    max_batched_tokens: int = Field(
-        default=512, ge=16, description="Most tokens in one step (prefill is cut to fit); on a GPU: 8192."
-    )
-    prompt_ms: int = Field(
-        default=90,
-        ge=1,
-        description="While sequences decode, prompts are read in chunks that make a step longer by about so many "
-        "milliseconds: less, and streams run evenly; more, and first tokens come sooner.",
-    )
-    max_waiting: int = Field(
-        default=1024,
-        ge=1,
-        description="Most requests waiting; more are refused with 503, but for tenants with less than an equal share.",
-    )
+    max_num_seqs: int = Field(default=256, ge=1)
+    """Most sequences in one step."""
+    max_batched_tokens: int = Field(default=512, ge=16)
+    """Most tokens in one step (prefill is cut to fit); on a GPU: 8192."""
+    prompt_ms: int = Field(default=90, ge=1)
+    """While sequences decode, prompts are read in chunks that make a step longer by about so many milliseconds: less,
+    and streams run evenly; more, and first tokens come sooner."""
+    max_waiting: int = Field(default=1024, ge=1)
+    """Most requests waiting; more are refused with 503, but for tenants with less than an equal share."""
 
     @property
     def most_extra_rows(self) -> int:
@@ -129,78 +116,56 @@ class DynamicConfig(Section):
         ("in_context", "target_signal", "semantic", "graph", "tenant_memory", "prior", "prior_order", "replacement")
     )
 
-    max_sessions: int = Field(
-        default=64,
-        ge=1,
-        description="Most running sequences with a vocabulary of their own; others draft from the core.",
-    )
-    in_context: bool = Field(default=True, description="The prompt's and the answer's own tokens enter the tail.")
-    target_signal: Literal["off", "events", "every"] = Field(
-        default="events",
-        description="The target's most likely tokens enter the tail: at verified positions whose token could not be "
-        "drafted (events), or at every one.",
-    )
-    semantic: bool = Field(
-        default=False, description="At events, tokens whose head rows are nearest to the draft's hidden state enter."
-    )
-    graph: bool = Field(
-        default=True, description="At events, tokens that often follow enter; in the prior, they are preferred."
-    )
-    tenant_memory: bool = Field(
-        default=True, description="Start from the tokens and the prior that the tenant's last sessions ended with."
-    )
-    prior: Literal["off", "fixed", "learned"] = Field(
-        default="learned",
-        description="Prefer what followed before in the session, by fixed weights or by weights learned while serving.",
-    )
-    prior_order: Literal[1, 2, 3] = Field(default=3, description="Most tokens in a row that the prior counts.")
-    replacement: Literal["arc", "lru"] = Field(default="arc", description="What leaves a full tail.")
+    max_sessions: int = Field(default=64, ge=1)
+    """Most running sequences with a vocabulary of their own; others draft from the core."""
+    in_context: bool = True
+    """The prompt's and the answer's own tokens enter the tail."""
+    target_signal: Literal["off", "events", "every"] = "events"
+    """The target's most likely tokens enter the tail: at verified positions whose token could not be drafted (events),
+    or at every one."""
+    semantic: bool = False
+    """At events, tokens whose head rows are nearest to the draft's hidden state enter."""
+    graph: bool = True
+    """At events, tokens that often follow enter; in the prior, they are preferred."""
+    tenant_memory: bool = True
+    """Start from the tokens and the prior that the tenant's last sessions ended with."""
+    prior: Literal["off", "fixed", "learned"] = "learned"
+    """Prefer what followed before in the session, by fixed weights or by weights learned while serving."""
+    prior_order: Literal[1, 2, 3] = 3
+    """Most tokens in a row that the prior counts."""
+    replacement: Literal["arc", "lru"] = "arc"
+    """What leaves a full tail."""
 
 
 class SpeculationConfig(Section):
     """Speculative decoding. It never changes an output, only how fast it comes."""
 
-    method: Literal["auto", "none", "eagle3", "draft_model", "ngram", "grow"] = Field(
-        default="auto",
-        description="What proposes tokens; auto: what speculation.draft names is, or else the draft shipped for the "
-        "model or for one of its shape, ngram if there is none; ngram: what followed the same tokens earlier in the "
-        "sequence, for any model; grow: a draft that the model's traffic teaches from the start, and ngram meanwhile.",
-    )
-    draft: str | None = Field(
-        default=None,
-        description="Directory or hub id of an EAGLE-3 draft, or a draft model's name or path as in model.name; "
-        "default: the one shipped for the model.",
-    )
-    capture_layers: tuple[int, ...] | None = Field(
-        default=None,
-        description="Layers of the model, counted from 0, whose outputs an EAGLE-3 draft of another project takes; "
-        "default: those that its files name.",
-    )
+    method: Literal["auto", "none", "eagle3", "draft_model", "ngram", "grow"] = "auto"
+    """What proposes tokens; auto: what speculation.draft names is, or else the draft shipped for the model or for one
+    of its shape, ngram if there is none; ngram: what followed the same tokens earlier in the sequence, for any model;
+    grow: a draft that the model's traffic teaches from the start, and ngram meanwhile."""
+    draft: str | None = None
+    """Directory or hub id of an EAGLE-3 draft, or a draft model's name or path as in model.name; default: the one
+    shipped for the model."""
+    capture_layers: tuple[int, ...] | None = None
+    """Layers of the model, counted from 0, whose outputs an EAGLE-3 draft of another project takes; default: those that
+    its files name."""
     vocabulary: str = Field(
-        default="auto",
-        pattern=r"^(auto|full|static:[1-9][0-9]*|dynamic:(full|[1-9][0-9]*)\+[0-9]+)$",
-        description="Tokens a draft can propose: auto, dynamic:512+512 where a draft comes with counts of tokens "
-        "(dynamic:32768+512 by a draft model with 100,000 tokens or more), else full; "
-        "full; static:K, the K most frequent; dynamic:K+S, these and up to S of each session's own, with a prior. "
-        "dynamic:full+0: the prior alone. A draft model uses its own counts where the target has none. For an "
-        "EAGLE-3 draft with a head of its own, full is that head's tokens, and auto is dynamic:full+512 where the "
-        "model's head tells what it lacks, else dynamic:full+0.",
+        default="auto", pattern=r"^(auto|full|static:[1-9][0-9]*|dynamic:(full|[1-9][0-9]*)\+[0-9]+)$"
     )
+    """Tokens a draft can propose: auto, dynamic:512+512 where a draft comes with counts of tokens (dynamic:32768+512 by
+    a draft model with 100,000 tokens or more), else full; full; static:K, the K most frequent; dynamic:K+S, these and
+    up to S of each session's own, with a prior. dynamic:full+0: the prior alone. A draft model uses its own counts
+    where the target has none. For an EAGLE-3 draft with a head of its own, full is that head's tokens, and auto is
+    dynamic:full+512 where the model's head tells what it lacks, else dynamic:full+0."""
     dynamic: DynamicConfig = Field(default_factory=DynamicConfig)
-    num_speculative_tokens: int = Field(
-        default=MAX_SPECULATIVE_TOKENS,
-        ge=0,
-        le=MAX_SPECULATIVE_TOKENS,
-        description="Most tokens drafted for a sequence a step; where tokens are copied, up to 32.",
-    )
-    adaptive: bool = Field(
-        default=True, description="Draft fewer tokens, down to none, where measured costs and acceptance say so."
-    )
-    copies: bool = Field(
-        default=True,
-        description="Where lengths adapt: copy what followed the longest repeat in a sequence's own text, where that "
-        "promises more tokens a second than the draft.",
-    )
+    num_speculative_tokens: int = Field(default=MAX_SPECULATIVE_TOKENS, ge=0, le=MAX_SPECULATIVE_TOKENS)
+    """Most tokens drafted for a sequence a step; where tokens are copied, up to 32."""
+    adaptive: bool = True
+    """Draft fewer tokens, down to none, where measured costs and acceptance say so."""
+    copies: bool = True
+    """Where lengths adapt: copy what followed the longest repeat in a sequence's own text, where that promises more
+    tokens a second than the draft."""
 
     @model_validator(mode="after")
     def _tail_within_bounds(self) -> SpeculationConfig:
@@ -218,31 +183,20 @@ class SpeculationConfig(Section):
 class RuntimeConfig(Section):
     """Devices, processes and threads."""
 
-    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="Where the model runs.")
-    attention_backend: Literal["auto", "torch", "native", "flashinfer"] = Field(
-        "auto", description="auto: flashinfer on CUDA, native on a CPU with AVX2, torch otherwise."
-    )
-    activation_bits: Literal["8", "15"] = Field(
-        default="8",
-        description="On a CPU, bits of activations in products with weights of 4 to 8 bits. With 8, products take half "
-        "of the instructions; with AVX2, those of weights of 7 and 8 bits keep 15. With AMX, prompts are multiplied in "
-        "bf16.",
-    )
-    tensor_parallel_size: int = Field(
-        default=1,
-        ge=1,
-        description="Processes that compute the model together, each with a share of its heads, MLPs and vocabulary: "
-        "on as many GPUs of this machine, or, for tests, on its CPU.",
-    )
-    cuda_graphs: bool = Field(
-        default=True,
-        description="With flashinfer on one GPU, steps of up to 256 tokens are CUDA graphs, recorded when needed.",
-    )
-    threads: int = Field(
-        default=0,
-        ge=0,
-        description="Compute threads; 0: one for each core this process may use, by affinity and quota.",
-    )
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model runs."""
+    attention_backend: Literal["auto", "torch", "native", "flashinfer"] = "auto"
+    """auto: flashinfer on CUDA, native on a CPU with AVX2, torch otherwise."""
+    activation_bits: Literal["8", "15"] = "8"
+    """On a CPU, bits of activations in products with weights of 4 to 8 bits. With 8, products take half of the
+    instructions; with AVX2, those of weights of 7 and 8 bits keep 15. With AMX, prompts are multiplied in bf16."""
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    """Processes that compute the model together, each with a share of its heads, MLPs and vocabulary: on as many GPUs
+    of this machine, or, for tests, on its CPU."""
+    cuda_graphs: bool = True
+    """With flashinfer on one GPU, steps of up to 256 tokens are CUDA graphs, recorded when needed."""
+    threads: int = Field(default=0, ge=0)
+    """Compute threads; 0: one for each core this process may use, by affinity and quota."""
 
     @model_validator(mode="after")
     def _ranks_use_torch(self) -> RuntimeConfig:
@@ -260,12 +214,9 @@ def _private_address() -> str:
 class EngineConfig(Section):
     """Everything the engine process needs to know."""
 
-    address: str = Field(
-        default_factory=_private_address,
-        pattern=r"^(ipc://.+|tcp://.+:\d+)$",
-        description="ZMQ address the engine binds, ipc://PATH or tcp://HOST:PORT; "
-        "default: a Unix socket in a directory of this user's own.",
-    )
+    address: str = Field(default_factory=_private_address, pattern=r"^(ipc://.+|tcp://.+:\d+)$")
+    """ZMQ address the engine binds, ipc://PATH or tcp://HOST:PORT; default: a Unix socket in a directory of this user's
+    own."""
     model: ModelConfig = Field(default_factory=ModelConfig)
     cache: CacheConfig = Field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = Field(default_factory=SchedulerConfig)

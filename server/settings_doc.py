@@ -52,7 +52,7 @@ def _table(path: str, model: type[BaseModel], options: Mapping[str, FieldInfo]) 
 def _row(option: str, field: FieldInfo) -> str:
     flags = f"`--{option}`" + (f", `--{SHORTCUTS[option]}`" if option in SHORTCUTS else "")
     choices = [f"`{choice}`" for choice in get_args(field.annotation) if isinstance(choice, str | int)]
-    meaning = f"{field.description}" + (f" One of {', '.join(choices)}." if choices else "")
+    meaning = " ".join((field.description or "").split()) + (f" One of {', '.join(choices)}." if choices else "")
     return f"| {flags} | {_default(field)} | {meaning} |\n"
 
 
