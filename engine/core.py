@@ -89,11 +89,17 @@ class EngineCore:
         self._num_nonfinite = 0
         self._is_stalled = False
         """Whether nobody could compute anything in the last step."""
-        self.introduction = EngineReady(
+        self.introduction = self._introduce(config, files, loaded, tokenizer, draft)
+        """What a server has to know of it."""
+
+    def _introduce(
+        self, config: EngineConfig, files: ModelFiles, loaded: LoadedModel, tokenizer: Tokenizer, draft: Draft | None
+    ) -> EngineReady:
+        return EngineReady(
             epoch=uuid4().hex,
             model=config.model.served_name or files.name,
             max_model_len=loaded.max_model_len,
-            vocab_size=spec.vocab_size,
+            vocab_size=loaded.spec.vocab_size,
             num_blocks=self._runner.num_blocks,
             block_size=config.cache.block_size,
             max_num_seqs=config.scheduler.max_num_seqs,
@@ -105,7 +111,6 @@ class EngineCore:
             draft_bytes=draft.costs.total(self._runner.num_blocks) if draft else 0,
             vocabulary=tokenizer.fingerprint(),
         )
-        """What a server has to know of it."""
 
     def start_grammars(self) -> None:
         """Load what grammars need beside the engine, before the first request wants one."""
