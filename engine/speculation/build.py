@@ -93,12 +93,11 @@ def make_head(
     check_vocabulary(vocabulary, own is not None)
     kind, _, size = vocabulary.partition(":")
     core, _, slots = size.partition("+")
-    token_ids = None
+    token_ids = None if own is None else own.token_ids
     if kind != "full" and core != "full":
         is_known = has_counts or not is_auto
         counts = read_token_counts(directory, tokenizer.vocab_size) if is_known else learned_first(tokenizer)
-        among = None if own is None else own.token_ids
-        token_ids = static_vocabulary(counts, int(core), tokenizer.eos_token_ids, among)
+        token_ids = static_vocabulary(counts, int(core), tokenizer.eos_token_ids, among=token_ids)
     if kind != "dynamic":
         return DraftHead(loaded, token_ids, own=own)
     if own is not None and int(slots) and not is_auto:  # which has fitted it

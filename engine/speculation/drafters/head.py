@@ -39,7 +39,7 @@ class DraftHead:
 
     Args:
         loaded: whose head it is; the full head is shared, never copied.
-        token_ids: [K] int64 on the CPU, ascending: the tokens that every row can draft; None for all of the head.
+        token_ids: [K] int64 on the CPU, ascending: the tokens that every row can draft; None: all of the model's.
         tails: further tokens, session by session (None: no tails); not with the model's full head.
         own: the draft's own head, whose tokens the core is of (None: it has the model's).
         vocab: the tails and priors of running sequences; None for a vocabulary that is the same for all.
@@ -54,8 +54,11 @@ class DraftHead:
         vocab: DraftVocab | None = None,
     ) -> None:
         self._model, self._own, self.vocab = loaded.model, own, vocab
-        slab = loaded.model.head_slab(token_ids) if own is None else own.slab_of(token_ids)
-        token_ids = own.token_ids if own is not None and token_ids is None else token_ids
+        if own is None:
+            slab = loaded.model.head_slab(token_ids)
+        else:
+            assert token_ids is not None
+            slab = own.slab_of(token_ids)
         ids = None if token_ids is None else token_ids.to(loaded.device, torch.int32)
         self._core, self._packed = Core(slab.project, ids, slab.rows), slab.packed
         self._find, self.team = slab.find, loaded.team
@@ -67,15 +70,8 @@ class DraftHead:
         """``_slabs``, of the last rows with a tail each, as a tensor."""
         self.num_bytes = slab.num_bytes + sum(one.num_bytes for one in (tails, vocab) if one is not None)
         """Memory of its own."""
-        core = "full" if ids is None else f"static:{len(ids)}"
-        if own is not None and ids is not None and len(ids) == len(own.token_ids):
-            core = f"of its own {len(ids)} tokens"
-        self.description = core if tails is None else f"{core} + {tails.slots}"
-        """The vocabulary as it is configured."""
-        if vocab is not None and own is None:
-            self.description = f"dynamic:{core.removeprefix('static:')}+{0 if tails is None else tails.slots}"
-        elif vocab is not None:
-            self.description += ", with a prior"
+        num_core, num_slots = None if ids is None else len(ids), None if tails is None else tails.slots
+        self.description = _describe(num_core, num_slots, own, has_prior=vocab is not None)
 
     def draft(self, hidden: torch.Tensor, slots: Sequence[DraftSlot]) -> None:
         """Append the next draft token of each sequence to its ``draft_token_ids``; ``hidden`` as for ``choose_for``."""
@@ -236,6 +232,18 @@ class DraftHead:
         if self._find is not None:
             return self._find(hidden, count, self._of_rows)
         return draft_head_topk(hidden, self._core, count, self._tails, self._of_rows, self.team)
+
+
+def _describe(num_core: int | None, num_slots: int | None, own: OwnHead | None, has_prior: bool) -> str:
+    """The vocabulary as it is configured; ``num_core`` None: all tokens of a model; ``num_slots`` None: no tails."""
+    size = "full" if num_core is None else str(num_core)
+    if own is None and has_prior:
+        return f"dynamic:{size}+{num_slots or 0}"
+    core = size if num_core is None else f"static:{size}"
+    if own is not None and num_core == len(own.token_ids):
+        core = f"of its own {size} tokens"
+    tails = "" if num_slots is None else f" + {num_slots}"
+    return core + tails + (", with a prior" if has_prior else "")
 
 
 def next_positions(requests: Iterable[Request]) -> list[int]:

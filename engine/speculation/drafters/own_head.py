@@ -54,9 +54,11 @@ class OwnHead:
         """Of a row."""
         self._map: torch.Tensor | None = None
 
-    def slab_of(self, token_ids: torch.Tensor | None) -> HeadSlab:
-        """The rows of these tokens [n] int64, copied together; None: all of its own."""
-        return self.slab if token_ids is None else _slab(self.rows(token_ids.to(self.row_of.device)), self._target)
+    def slab_of(self, token_ids: torch.Tensor) -> HeadSlab:
+        """The rows of some of its tokens [n] int64, ascending; copied together, but where they are all of them."""
+        if len(token_ids) == len(self.token_ids):
+            return self.slab
+        return _slab(self.rows(token_ids.to(self.row_of.device)), self._target)
 
     def rows(self, token_ids: torch.Tensor) -> torch.Tensor:
         """[n] integers → [n, hidden], by the map where the head lacks a token; zeros where there is no map either."""

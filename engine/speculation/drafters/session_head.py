@@ -42,7 +42,7 @@ def make_session_head(
 ) -> DraftHead:
     """The head of vocabulary dynamic:K+S, of a model or a draft's ``own``; the draft's graph is in ``directory``.
 
-    ``token_ids`` [K]: the core; None for all tokens of the head. ``slots``: S, of each tail.
+    ``token_ids`` [K]: the core; None for all tokens of the model. ``slots``: S, of each tail.
 
     Raises:
         ModelError: the graph or the semantic index cannot be used.
@@ -54,8 +54,7 @@ def make_session_head(
         update["prior"] = "off"  # on the host, which would wait twice for each token
     options = options.model_copy(update=update)
     tails = make_tails(loaded, options.max_sessions + 1, slots, own) if slots else None
-    in_core = own.token_ids if own is not None and token_ids is None else token_ids
-    core = None if in_core is None else in_core.numpy()
+    core = None if token_ids is None else token_ids.numpy()
     resources = Resources(
         core=core_mask(tokenizer.vocab_size, core),
         fingerprint=tokenizer.fingerprint(),
