@@ -124,17 +124,16 @@ def load(
     source = open_weights(files)
     if backend == "native":
         team, digits = team or native.Team(threads), native.DIGITS_OF_BITS[int(config.runtime.activation_bits)]
-        model = NativeDecoder(source, spec, team, max_model_len, digits)
+        decoder = NativeDecoder(source, spec, team, max_model_len, digits)
         make_attention = partial(NativeAttention, team=team)
-        return LoadedModel(model, spec, max_model_len, dtype, device, backend, make_attention, team, digits)
+        return LoadedModel(decoder, spec, max_model_len, dtype, device, backend, make_attention, team, digits)
     # Which experts a step needs is only known while it is computed; and ranks are told on the CPU what to compute.
     has_graphs = backend == "flashinfer" and config.runtime.cuda_graphs and spec.experts is None and ranks is None
+    model = load_model(source, spec, dtype, device, max_model_len, ranks, _multiplies_fp8(dtype, device))
+    attention = flashinfer.FlashInferAttention if backend == "flashinfer" else TorchPagedAttention
+    num_ranks = 1 if ranks is None else ranks.size
     return LoadedModel(
-        load_model(source, spec, dtype, device, max_model_len, ranks, _multiplies_fp8(dtype, device)),
-        *(spec, max_model_len, dtype, device, backend),
-        flashinfer.FlashInferAttention if backend == "flashinfer" else TorchPagedAttention,
-        cuda_graphs=has_graphs,
-        num_ranks=1 if ranks is None else ranks.size,
+        model, spec, max_model_len, dtype, device, backend, attention, cuda_graphs=has_graphs, num_ranks=num_ranks
     )
 
 

@@ -202,9 +202,9 @@ class EagleProposer(Proposer):
         flat, before, g = lay_out(chunks, self._block_size), self._slots_before(chunks), self._stored.all_rows
         if not self._stores_fused:
             g, before = self._g_of(torch.tensor(before)).bfloat16(), list(range(len(before)))
+        lora = self._lora(chunk.request for chunk in chunks for _ in chunk.token_ids)
         unread = UnreadTokens(
-            *(flat.token_ids, flat.positions, flat.slot_mapping, flat.query_start_loc, flat.seq_lens, before, g),
-            lora=self._lora(chunk.request for chunk in chunks for _ in chunk.token_ids),
+            flat.token_ids, flat.positions, flat.slot_mapping, flat.query_start_loc, flat.seq_lens, before, g, lora
         )
         tables = padded_block_tables(flat.block_ids)
         self._head.draft_chains(chain, unread, slots, tables, self._lora(slot.request for slot in slots), stop)

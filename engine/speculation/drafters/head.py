@@ -159,8 +159,12 @@ class DraftHead:
         assert head is not None
         vocab = self.vocab if self.vocab is not None and self.vocab.uses_prior else None
         return NativeChain(
-            *(network.team, network.layer, network.output_norm),
-            *(network.embedding or target.embedding, head, self._packed),
+            team=network.team,
+            layer=network.layer,
+            norm=network.output_norm,
+            embedding=network.embedding or target.embedding,
+            head=head,
+            core=self._packed,
             cache=cache,
             core_ids=self._core.token_ids,
             tails=self._tails,
@@ -213,11 +217,9 @@ class DraftHead:
         positions = [request.num_tokens - 1 for request in requests]
         sampling = row_sampling([request.sampling for request in requests])
         sequences = [] if stop is None else [request.draft_state.draftable for request in requests]
-        return ChainBatch(
-            *(lengths, positions, tables, sampling, slabs, sessions, texts, lora, stop),
-            tenants=[one.tenant_number for one in sequences],
-            acceptance=[[*one.acceptance, *[0.0] * (lengths[0] - len(one.acceptance))] for one in sequences],
-        )
+        tenants = [one.tenant_number for one in sequences]
+        acceptance = [[*one.acceptance, *[0.0] * (lengths[0] - len(one.acceptance))] for one in sequences]
+        return ChainBatch(lengths, positions, tables, sampling, slabs, sessions, texts, lora, stop, tenants, acceptance)
 
     def candidates(
         self, hidden: torch.Tensor, slabs: Sequence[int] | None = None, count: int = CANDIDATES
