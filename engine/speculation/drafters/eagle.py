@@ -78,8 +78,7 @@ class EagleDraft:
         self.on_gpu = head.on_gpu() if target.cuda_graphs else None
         """The same as ``head`` in CUDA graphs."""
         adapter_bytes = adapters.num_bytes if adapters else 0
-        is_packed = embedding is None or isinstance(self.network, NativeEagle3)
-        embedding_bytes = 0 if is_packed or embedding is None else embedding.nbytes
+        embedding_bytes = 0 if embedding is None or isinstance(self.network, NativeEagle3) else embedding.nbytes
         weight_bytes = self.network.weight_bytes + embedding_bytes + head.num_bytes + adapter_bytes
         stored_bytes = cache.block_size * self.stored_width * target.dtype.itemsize
         self.costs = DraftCosts(weight_bytes, self._attention_spec(1).bytes_per_block + stored_bytes)
@@ -129,14 +128,6 @@ class EagleProposer(Proposer):
             self.capture_layers += (config.num_target_layers - 1,)
         self._network, self._embed, self._attention, self._head = network, draft.embed, attention, head
         self._block_size, self._device = attention.spec.block_size, target.device
-        self._chain: NativeChain | None = None
-        """Drafts all tokens of a step in one call, where the compiled kernels can; None: token by token."""
-        if isinstance(network, NativeEagle3) and isinstance(target.model, NativeDecoder):
-            assert isinstance(attention, NativeAttention)
-            self._chain = head.make_chain(network, target.model, attention.cache)
-        self.stops_early = self._chain is not None
-        self._gpu_chain: GpuChain | None = None
-        """The same on a GPU, by CUDA graphs."""
         self._entries = DraftKvTracker(attention.spec.num_blocks, self._block_size)
         self._stores_fused, self._fused_size = draft.stores_fused, config.fused_size
         fusing = network if self._stores_fused else None
@@ -146,14 +137,24 @@ class EagleProposer(Proposer):
         self.whole_draft = adapters if isinstance(adapters, WholeDraft) else None
         self._num_loads = 0
         """How often its weights were exchanged, when entries were made last."""
-        if draft.on_gpu is not None and isinstance(attention, flashinfer.FlashInferAttention):
-            sizes = self._stored.before_first, -(-target.max_model_len // self._block_size)
-            lora = None if self.whole_draft is not None else adapters
-            self._gpu_chain = GpuChain(network, draft.embed, attention, draft.on_gpu, self._g_of, *sizes, lora)
+        self._chain = self._make_chain(draft)
+        self.stops_early = isinstance(self._chain, NativeChain)
         if adapters is not None:
             prior_weights = (lambda _: None) if head.vocab is None else head.vocab.prior_weights
             writer = RunWriter(adapters.config, draft.stored_width, self._stored_before, prior_weights)
             self.verify_log = VerifyLog(adapters, writer, target.team)
+
+    def _make_chain(self, draft: EagleDraft) -> NativeChain | GpuChain | None:
+        """What drafts all tokens of a step at once, by the compiled kernels or CUDA graphs; None: token by token."""
+        network, target, attention = draft.network, draft.target, self._attention
+        if isinstance(network, NativeEagle3) and isinstance(target.model, NativeDecoder):
+            assert isinstance(attention, NativeAttention)
+            return draft.head.make_chain(network, target.model, attention.cache)
+        if draft.on_gpu is not None and isinstance(attention, flashinfer.FlashInferAttention):
+            sizes = self._stored.before_first, -(-target.max_model_len // self._block_size)
+            lora = None if self.whole_draft is not None else self._adapters
+            return GpuChain(network, draft.embed, attention, draft.on_gpu, self._g_of, *sizes, lora)
+        return None
 
     def propose(self, slots: Sequence[DraftSlot], stop: StopRule | None = None) -> None:
         if self.whole_draft is not None and self.whole_draft.num_loads != self._num_loads:
@@ -167,14 +168,14 @@ class EagleProposer(Proposer):
             self._adapters.assign([slot.request for slot in slots])
         if self._network.shift:
             chunks = [_one_place_earlier(chunk) for chunk in chunks if chunk.start + len(chunk.token_ids) > 1]
-        if ready and self._chain is not None:
+        if ready and isinstance(self._chain, NativeChain):
             self._read_and_draft(self._chain, chunks, ready, stop)
             return
         a = self._read(chunks)
         if not ready:
             return
-        if self._gpu_chain is not None and self._gpu_chain.can_draft(ready):
-            self._gpu_chain.draft(a, ready)
+        if isinstance(self._chain, GpuChain) and self._chain.can_draft(ready):
+            self._chain.draft(a, ready)
             return
         self._head.draft(self._network.head_input(a), ready)
         for rows, longer, batch in chain_batches(ready, self._block_size, self._device, self._network.shift):
@@ -186,8 +187,8 @@ class EagleProposer(Proposer):
 
     def _read(self, chunks: Sequence[Chunk]) -> torch.Tensor:
         """Write the entries of tokens; the draft's state [L, hidden] at those whose logits are wanted."""
-        if self._gpu_chain is not None and self._gpu_chain.can_read(chunks):
-            return self._gpu_chain.read(chunks, self._slots_before(chunks))
+        if isinstance(self._chain, GpuChain) and self._chain.can_read(chunks):
+            return self._chain.read(chunks, self._slots_before(chunks))
         batch = build_batch(chunks, self._block_size, self._device)
         of_tokens = (chunk.request for chunk in chunks for _ in chunk.token_ids)
         slots = upload(self._device, np.array(self._slots_before(chunks)))
