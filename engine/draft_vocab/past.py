@@ -250,12 +250,9 @@ class TenantTables:
     def __init__(self, sessions: Sessions) -> None:
         self._sessions = sessions
         self._tables: OrderedDict[str, int] = OrderedDict()
-        self._latest: tuple[str, int] | None = None
 
     def of(self, tenant: str) -> int:
         """The tenant's; for this step only, as another may get it in a later one."""
-        if self._latest is not None and self._latest[0] == tenant:
-            return self._latest[1]
         table = self._tables.get(tenant)
         if table is None:
             is_new = len(self._tables) < self._sessions.options.num_tenants
@@ -263,5 +260,4 @@ class TenantTables:
             self._sessions.clear_tenant(table)
             self._tables[tenant] = table
         self._tables.move_to_end(tenant)
-        self._latest = tenant, table
         return table
