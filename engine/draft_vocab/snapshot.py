@@ -217,14 +217,22 @@ def _merge_tails(a: Sequence[int], b: Sequence[int]) -> list[int]:
 
 
 def _merge_counts(a: NgramCounts, b: NgramCounts, base: NgramCounts, decays: Sequence[float]) -> NgramCounts:
-    token_ids = np.concatenate([side.token_ids for side in (a, b, base)])
-    ngrams, places = _distinct(token_ids)
-    chunks = np.split(places, np.cumsum([len(a.counts), len(b.counts)]))
-    dense = np.zeros((3, len(ngrams)), np.float32)
-    for row, chunk, side in zip(dense, chunks, (a, b, base), strict=True):
-        row[chunk] = side.counts
-    news = [np.maximum(row - dense[2] * np.float32(decay), 0.0) for row, decay in zip(dense[:2], decays, strict=True)]
-    return NgramCounts(ngrams, dense[2] * np.float32(min(decays)) + (news[0] + news[1]))
+    # By example, without decay: x was counted 2 times in the base, 4 in a and 3 in b, and y once in a.
+    #   of_a      4  1
+    #   of_b      3  0
+    #   of_base   2  0
+    #   merged    5  1      2 + (4 - 2) + (3 - 2); 0 + (1 - 0) + (0 - 0)
+    sides = a, b, base
+    ngrams, columns = _distinct(np.concatenate([side.token_ids for side in sides]))
+    counts = np.zeros((3, len(ngrams)), np.float32)
+    of_sides = np.split(columns, np.cumsum([len(a.counts), len(b.counts)]))
+    for row, of_side, side in zip(counts, of_sides, sides, strict=True):
+        row[of_side] = side.counts
+    of_a, of_b, of_base = counts
+    news_a, news_b = (
+        np.maximum(row - of_base * np.float32(decay), 0.0) for row, decay in zip((of_a, of_b), decays, strict=True)
+    )
+    return NgramCounts(ngrams, of_base * np.float32(min(decays)) + (news_a + news_b))
 
 
 def _distinct(token_ids: NDArray[np.int32]) -> tuple[NDArray[np.int32], NDArray[np.intp]]:
