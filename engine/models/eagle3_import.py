@@ -220,19 +220,13 @@ def _variant(whole: ConfigKeys, layer: ConfigKeys, header: Header, head_dim: int
 
 
 def _check_header(directory: Path, config: Eagle3Config, header: Header) -> None:
-    rest, fused = {name: info for name, info in header.items() if not name.endswith(_UNUSED)}, Header()
-    for name, parts in parts_of(config).items():
-        missing = [part for part in parts if part not in rest]
-        if missing:
-            raise ModelError(f"{directory}: no tensor {missing[0]}")
-        shapes, kinds = zip(*(rest.pop(part) for part in parts), strict=True)
-        if any(not shape or shape[1:] != shapes[0][1:] for shape in shapes):
-            raise ModelError(f"{directory}: {', '.join(parts)} have the shapes {shapes}")
-        fused[name] = (sum(shape[0] for shape in shapes), *shapes[0][1:]), kinds[0] if len({*kinds}) == 1 else None
-    variant, whole = config.variant, dict(config.tensor_shapes())
+    """Raises ``ModelError`` unless a draft has the tensors of its configuration, and no others that mean something."""
+    variant, wanted = config.variant, dict(config.tensor_shapes())
+    rest = {name: info for name, info in header.items() if not name.endswith(_UNUSED)}
+    found = _take_network(directory, config, rest)
     for name, rows in ((HEAD, variant.head_size), (EMBEDDING, config.vocab_size if variant.own_embedding else None)):
         if rows is not None:
-            whole[name], fused[name] = (rows, config.hidden_size), rest.pop(name)
+            wanted[name], found[name] = (rows, config.hidden_size), rest.pop(name)
     for name, rows in ((TARGET_OFFSETS, variant.head_size), (DRAFTED, config.vocab_size)):
         shape = rest.pop(name, ((rows,), None))[0]
         if shape != (rows,):
@@ -241,7 +235,21 @@ def _check_header(directory: Path, config: Eagle3Config, header: Header) -> None
         raise ModelError(f"{directory}: nothing is known of a tensor {min(rest)}")
     if TARGET_OFFSETS not in header and variant.head_size not in (None, config.vocab_size):
         raise ModelError(f"{directory}: its head has {variant.head_size} tokens, but no {TARGET_OFFSETS} says which")
-    check_tensors(directory, whole, fused)
+    check_tensors(directory, wanted, found)
+
+
+def _take_network(directory: Path, config: Eagle3Config, header: Header) -> Header:
+    """Takes the network's tensors out of a header; what ``parts_of`` makes of them, with type None for mixed ones."""
+    network = Header()
+    for name, parts in parts_of(config).items():
+        missing = [part for part in parts if part not in header]
+        if missing:
+            raise ModelError(f"{directory}: no tensor {missing[0]}")
+        shapes, kinds = zip(*(header.pop(part) for part in parts), strict=True)
+        if any(not shape or shape[1:] != shapes[0][1:] for shape in shapes):
+            raise ModelError(f"{directory}: {', '.join(parts)} have the shapes {shapes}")
+        network[name] = (sum(shape[0] for shape in shapes), *shapes[0][1:]), kinds[0] if len({*kinds}) == 1 else None
+    return network
 
 
 def _check_target(whole: ConfigKeys, layer: ConfigKeys, spec: ModelSpec) -> None:
