@@ -8,6 +8,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Where pip finds torch, if not in the usual index: make serve TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
 TORCH_INDEX_URL ?=
+# Where there is an NVIDIA GPU, what it takes, too.
+GPU := $(if $(TORCH_INDEX_URL),,$(if $(wildcard /dev/nvidiactl /dev/dxg),[gpu]))
 # Options for `evospec serve`: make serve ARGS="--port 9000"
 ARGS ?=
 KERNEL_SOURCES := $(wildcard kernels/csrc kernels/csrc/* kernels/csrc/*/* kernels/build.py kernels/targets.py)
@@ -55,7 +57,7 @@ $(VENV)/.created:
 $(VENV)/.installed: $(VENV)/.created pyproject.toml
 	@echo "Installing packages (the first time takes minutes: torch is large)"
 	@$(if $(TORCH_INDEX_URL),$(PIP) install --index-url $(TORCH_INDEX_URL) torch)
-	@$(PIP) install --editable . 'openai>=1.60'
+	@$(PIP) install --editable '.$(GPU)' 'openai>=1.60'
 	@touch $@
 
 # Where there is no C++ compiler, the ziglang package brings one.

@@ -11,6 +11,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from engine import gpu
 from engine.adapters_config import AdaptersConfig
 from engine.models.config import ModelError, ModelSpec
 from engine.options import Section
@@ -18,7 +19,6 @@ from engine.options import Section
 CONFIG_VARIABLE = "EVOSPEC_ENGINE_CONFIG"
 """Environment variable in which the engine process finds its ``EngineConfig``, as JSON."""
 
-_NVIDIA = Path("/dev/nvidiactl")
 """There where a GPU is."""
 _CACHE_ON_GPU = {"memory_fraction": 0.95, "max_bytes": None}
 _SCHEDULER_ON_GPU = {"max_batched_tokens": 8192}
@@ -184,7 +184,7 @@ class RuntimeConfig(Section):
     """Devices, processes and threads."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the model runs."""
+    """Where the model runs; auto: on a GPU where there is one, with all that serving on it takes, else on the CPU."""
     attention_backend: Literal["auto", "torch", "native", "flashinfer"] = "auto"
     """auto: flashinfer on CUDA, native on a CPU with AVX2, torch otherwise."""
     activation_bits: Literal["8", "15"] = "8"
@@ -197,6 +197,17 @@ class RuntimeConfig(Section):
     """With flashinfer on one GPU, steps of up to 256 tokens are CUDA graphs, recorded when needed."""
     threads: int = Field(default=0, ge=0)
     """Compute threads; 0: one for each core this process may use, by affinity and quota."""
+
+    @property
+    def why_not_gpu(self) -> str | None:
+        """What keeps the model from a GPU; None: nothing does."""
+        needs_flashinfer = self.attention_backend in ("auto", "flashinfer")
+        return gpu.why_not_gpu() or (gpu.why_not_flashinfer() if needs_flashinfer else None)
+
+    @property
+    def is_on_gpu(self) -> bool:
+        """Whether that is where it runs."""
+        return self.device == "cuda" or (self.device == "auto" and gpu.has_gpu() and self.why_not_gpu is None)
 
     @model_validator(mode="after")
     def _ranks_use_torch(self) -> RuntimeConfig:
@@ -226,8 +237,11 @@ class EngineConfig(Section):
 
     @model_validator(mode="after")
     def _sized_for_the_device(self) -> EngineConfig:
-        """Where the model runs on a GPU: as much as one has, in place of defaults for a CPU."""
-        if self.runtime.device == "cuda" or (self.runtime.device == "auto" and _NVIDIA.exists()):
+        """Where the model runs on a GPU: as much as one has, in place of defaults for a CPU.
+
+        Attention in plain torch takes memory that nothing is kept free for, and so keeps to those.
+        """
+        if self.runtime.is_on_gpu and self.runtime.attention_backend != "torch":
             for section, sizes in ((self.cache, _CACHE_ON_GPU), (self.scheduler, _SCHEDULER_ON_GPU)):
                 for name, size in sizes.items():
                     if name not in section.model_fields_set:

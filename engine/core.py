@@ -105,6 +105,7 @@ class EngineCore:
             max_num_seqs=config.scheduler.max_num_seqs,
             dtype=str(loaded.dtype).removeprefix("torch."),
             attention_backend=loaded.backend,
+            device="CPU" if loaded.device.type == "cpu" else torch.cuda.get_device_name(),
             kv_bytes=self._runner.kv_bytes,
             draft=draft.description if draft else None,
             num_speculative_tokens=config.speculation.num_speculative_tokens,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,12 +10,13 @@ from typing import Literal, Protocol
 import structlog
 import torch
 
+from engine import gpu
 from engine.attention import flashinfer
 from engine.attention.base import AttentionBackend, AttentionSpec
 from engine.attention.native_cpu import NativeAttention
 from engine.attention.torch_paged import TorchPagedAttention
 from engine.batch import ForwardBatch, ForwardOutput
-from engine.config import EngineConfig
+from engine.config import EngineConfig, RuntimeConfig
 from engine.machine import available_cores
 from engine.models.config import ModelError, ModelFiles, ModelSpec
 from engine.models.decoder import HeadSlab, load_model
@@ -112,7 +112,7 @@ def load(
     Raises:
         ModelError: the file cannot be read, or the options ask for what model or machine cannot do.
     """
-    device = choose_device(config.runtime.device)
+    device = choose_device(config.runtime)
     threads = config.runtime.threads or max(available_cores() // config.runtime.tensor_parallel_size, 1)
     backend = _backend(config, spec, device)
     # The native kernels have threads of their own; torch's would only wait for cores that those keep busy.
@@ -137,11 +137,17 @@ def load(
     )
 
 
-def choose_device(name: str) -> torch.device:
-    """The device of ``runtime.device``; raises ``ModelError`` where there is none."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ModelError("runtime.device is cuda, but no CUDA device is available")
-    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+def choose_device(runtime: RuntimeConfig) -> torch.device:
+    """Where the model runs; raises ``ModelError`` where that is a GPU, and it cannot. A GPU left alone is logged."""
+    if runtime.is_on_gpu:
+        if (reason := runtime.why_not_gpu) is not None:
+            raise ModelError(f"the model cannot run on a GPU: {reason}")
+        if not torch.cuda.is_available():
+            raise ModelError("the model cannot run on a GPU: torch finds none")
+        return torch.device("cuda")
+    if runtime.device == "auto" and gpu.has_gpu():
+        log.warning("the model runs on the CPU, although there is a GPU", reason=runtime.why_not_gpu)
+    return torch.device("cpu")
 
 
 def _backend(config: EngineConfig, spec: ModelSpec, device: torch.device) -> BackendName:
@@ -156,6 +162,10 @@ def _backend(config: EngineConfig, spec: ModelSpec, device: torch.device) -> Bac
         return wanted
     if asked != "auto":
         raise ModelError(f"runtime.attention_backend {asked} cannot be used: {reason}")
+    if wanted == "flashinfer":
+        raise ModelError(
+            f"{reason}; with runtime.attention_backend torch it runs there, slowly, or with runtime.device cpu"
+        )
     log.warning("using the slower torch backend", reason=reason)
     return "torch"
 
@@ -170,20 +180,7 @@ def _multiplies_fp8(dtype: torch.dtype, device: torch.device) -> bool:
 def _why_not_flashinfer(config: EngineConfig, spec: ModelSpec, device: torch.device) -> str | None:
     heads = spec.num_heads, spec.num_kv_heads, spec.head_dim
     smallest = AttentionSpec(1, *heads, 1, config.cache.block_size, _dtype(config, "flashinfer", device), device)
-    if (reason := flashinfer.unsupported_reason(smallest)) is not None:
-        return reason
-    if importlib.util.find_spec("flashinfer") is None:
-        return "flashinfer is not installed (evospec[gpu])"
-    if _cuda_toolkit() is None and importlib.util.find_spec("flashinfer_jit_cache") is None:
-        return "flashinfer compiles its kernels, and there is no nvcc (set CUDA_HOME)"
-    return None
-
-
-def _cuda_toolkit() -> str | None:
-    """Where nvcc is: by CUDA_HOME, on the path, or in /usr/local/cuda; None: nowhere."""
-    from torch.utils.cpp_extension import CUDA_HOME  # slow to import, and of no use on a CPU
-
-    return CUDA_HOME
+    return flashinfer.unsupported_reason(smallest) or gpu.why_not_flashinfer()
 
 
 def _why_not_native(config: EngineConfig, spec: ModelSpec, device: torch.device) -> str | None:

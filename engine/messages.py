@@ -104,7 +104,7 @@ ClientMessage = Hello | EngineRequest | AbortRequests
 
 
 class EngineReady(msgspec.Struct, frozen=True, tag="ready", kw_only=True):
-    """The engine's introduction. ``epoch`` differs after every restart of the process.
+    """The engine's introduction. ``epoch`` differs after every restart of the process. ``device``: for people.
 
     ``kv_bytes`` is the size of the target's KV cache. ``draft`` names what proposes tokens (None: no speculation), at
     most ``num_speculative_tokens`` for a sequence and step; ``draft_bytes`` are its weights and KV cache.
@@ -120,6 +120,7 @@ class EngineReady(msgspec.Struct, frozen=True, tag="ready", kw_only=True):
     max_num_seqs: int
     dtype: str
     attention_backend: str
+    device: str = "CPU"
     kv_bytes: int = 0
     draft: str | None = None
     num_speculative_tokens: int = 0

@@ -12,10 +12,13 @@ import torch
 from engine.attention.base import AttentionSpec
 from engine.batch import Features, FlatTokens, ForwardBatch, padded_block_tables
 from engine.config import CacheConfig
+from engine.gpu_memory import GRAPH_SIZES
 from engine.loader import LoadedModel
 from engine.machine import free_memory
+from engine.messages import SamplingParams
 from engine.models.config import ModelError
 from engine.prompt_embeddings import collect_embeddings
+from engine.request import Request
 from engine.step_graphs import StepGraphs
 from engine.step_plan import ScheduledSequence
 
@@ -46,6 +49,19 @@ class ModelRunner:
         self._graphs: StepGraphs | None = None
         if loaded.cuda_graphs:
             self._graphs = StepGraphs(loaded.model, self._attention, -(-loaded.max_model_len // cache.block_size))
+        if self._device.type == "cuda":
+            self._compile_kernels()
+
+    @torch.inference_mode()
+    def _compile_kernels(self) -> None:
+        """Run a step of one token, and one of more than graphs are for, in the first blocks.
+
+        A GPU's kernels are compiled when they are first used, for up to minutes: for no request, so.
+        """
+        for count in (1, min(GRAPH_SIZES[-1] + 1, self.num_blocks * self._block_size)):
+            request = Request("compile kernels", b"", "", SamplingParams(max_tokens=1, seed=0), [1] * count)
+            blocks = array("i", range(-(-count // self._block_size)))
+            self.execute([ScheduledSequence(request, 0, [1] * count, 0, 0, 1, blocks)])
 
     def execute(
         self, sequences: Sequence[ScheduledSequence], capture: Sequence[int] = ()

@@ -10,7 +10,7 @@ from engine.messages import EngineReady
 
 _TEMPLATE = """
 EvoSpec serves {model} at {url}/v1
-{dtype}, {attention} attention; KV cache {kv}; draft {draft}
+{dtype} on {device}, {attention} attention; KV cache {kv}; draft {draft}
 
 curl {url}/v1/chat/completions -H 'Content-Type: application/json'{curl_key} -d {body}
 
@@ -34,6 +34,7 @@ def banner(url: str, model: str, info: EngineReady, *, needs_key: bool) -> str:
     return _TEMPLATE.format(
         url=url,
         dtype=info.dtype,
+        device=info.device,
         attention=info.attention_backend,
         kv=_mebibytes(info.kv_bytes),
         draft=f"{info.draft} ({_mebibytes(info.draft_bytes)} with its KV cache)" if info.draft else "none",

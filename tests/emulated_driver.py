@@ -118,6 +118,7 @@ def install(free: int = 60 << 30, total: int = 80 << 30) -> None:
     torch.inference_mode = _no_gradients  # type: ignore[misc, assignment]
     cuda._lazy_init, cuda.is_available, cuda.is_initialized = lambda: None, lambda: True, lambda: True
     cuda.get_device_capability = lambda device=None: (9, 0)
+    cuda.get_device_name = lambda device=None: "a GPU that is not there"
     cuda.mem_get_info = lambda device=None: (free, total)
     cuda.current_stream, cuda.Stream, cuda.Event = lambda device=None: _Stream(), _Stream, _Event
     cuda.cudart = lambda: SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=unregister)

@@ -190,12 +190,12 @@ def install() -> None:
     emulated_flashinfer.install()
     import torch
 
-    from engine import loader
+    from engine import gpu, loader
     from engine.attention import flashinfer
 
     flashinfer._DTYPES = (torch.float32, torch.bfloat16)
-    loader.choose_device = {"cpu": torch.device("cpu"), "cuda": CUDA}.__getitem__  # type: ignore[assignment]
-    loader._cuda_toolkit = lambda: "/usr/local/cuda"
+    loader.choose_device = lambda runtime: CUDA if runtime.device == "cuda" else torch.device("cpu")
+    gpu.why_not_flashinfer = lambda: None  # type: ignore[assignment]
 
 
 def begin() -> None:

@@ -6,6 +6,7 @@ is over. All write into one report, so that a call may be made on its own, or ag
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from engine.gpu import search_path
 
 _PYTHON = sys.executable
 _PYTEST = (_PYTHON, "-m", "pytest", "-q", "--durations=5")
@@ -62,7 +65,13 @@ def _run(command: tuple[str, ...], seconds: int) -> tuple[str, str]:
     """How it ended, and what it printed."""
     try:
         done = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=seconds, check=False
+            command,
+            env={**os.environ, "PATH": search_path()},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=seconds,
+            check=False,
         )
     except FileNotFoundError as error:
         return "not there", str(error)

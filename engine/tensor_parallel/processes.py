@@ -48,7 +48,7 @@ def load_target(config: EngineConfig, files: ModelFiles, spec: ModelSpec) -> Loa
 
 def _start_ranks(config: EngineConfig) -> Ranks:
     """Start the other ranks, and make the group; they load their shares of the model by themselves."""
-    size, device_type = config.runtime.tensor_parallel_size, choose_device(config.runtime.device).type
+    size, device_type = config.runtime.tensor_parallel_size, choose_device(config.runtime).type
     if device_type == "cuda" and torch.cuda.device_count() < size:
         raise ModelError(f"runtime.tensor_parallel_size is {size}, but there are {torch.cuda.device_count()} GPUs")
     listener = socket.create_server((LOOPBACK, 0))
@@ -78,7 +78,7 @@ def main() -> None:
         sys.exit(1)
     configure_logging_from_environment()
     config = EngineConfig.model_validate_json(os.environ[CONFIG_VARIABLE])
-    size, device_type = config.runtime.tensor_parallel_size, choose_device(config.runtime.device).type
+    size, device_type = config.runtime.tensor_parallel_size, choose_device(config.runtime).type
     with ends_with_the_group():
         ranks = Ranks(rank, size, device_type, port)
     try:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal
 
 import pytest
 
-from engine import config
+from engine import gpu
 from engine.config import CacheConfig, EngineConfig, RuntimeConfig, SchedulerConfig
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -20,22 +19,41 @@ def sizes(engine: EngineConfig) -> tuple[int | None, float, int]:
 ON_CPU, ON_GPU = (2 * 1024**3, 0.5, 512), (None, 0.95, 8192)
 
 
+def set_gpu(monkeypatch: pytest.MonkeyPatch, *, is_there: bool, lacks: str | None = None) -> None:
+    monkeypatch.setattr(gpu, "has_gpu", lambda: is_there)
+    monkeypatch.setattr(gpu, "why_not_gpu", lambda: None)
+    monkeypatch.setattr(gpu, "why_not_flashinfer", lambda: lacks)
+
+
 @pytest.mark.parametrize(
-    ("device", "has_gpu", "expected"),
-    [("auto", False, ON_CPU), ("auto", True, ON_GPU), ("cpu", True, ON_CPU), ("cuda", False, ON_GPU)],
+    ("device", "backend", "is_there", "lacks", "expected"),
+    [
+        ("auto", "auto", False, None, ON_CPU),
+        ("auto", "auto", True, None, ON_GPU),
+        ("auto", "auto", True, "nvcc", ON_CPU),
+        ("auto", "torch", True, "nvcc", ON_CPU),
+        ("cpu", "auto", True, None, ON_CPU),
+        ("cuda", "auto", False, None, ON_GPU),
+        ("cuda", "torch", True, None, ON_CPU),
+    ],
 )
 def test_sizes_are_those_of_the_device(
-    device: Device, has_gpu: bool, expected: object, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    device: Device,
+    backend: Literal["auto", "torch"],
+    is_there: bool,
+    lacks: str | None,
+    expected: object,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(config, "_NVIDIA", tmp_path if has_gpu else tmp_path / "none")
-    made = EngineConfig(runtime=RuntimeConfig(device=device))
+    set_gpu(monkeypatch, is_there=is_there, lacks=lacks)
+    made = EngineConfig(runtime=RuntimeConfig(device=device, attention_backend=backend))
     assert sizes(made) == expected
     # The engine process reads what the server has written; so does one that sees no GPU any more.
-    monkeypatch.setattr(config, "_NVIDIA", tmp_path / "none")
+    set_gpu(monkeypatch, is_there=False)
     assert sizes(EngineConfig.model_validate_json(made.model_dump_json())) == expected
 
 
-def test_what_an_operator_says_holds_on_a_gpu_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(config, "_NVIDIA", tmp_path)
+def test_what_an_operator_says_holds_on_a_gpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_gpu(monkeypatch, is_there=True)
     cache, scheduler = CacheConfig(max_bytes=4096), SchedulerConfig(max_batched_tokens=512)
     assert sizes(EngineConfig(cache=cache, scheduler=scheduler)) == (4096, 0.95, 512)
