@@ -56,6 +56,8 @@ SHORTCUTS = {
     "auth.keys_file": "keys-file",
     "auth.insecure": "insecure",
 }
+NO_VARIABLES_OF_OURS = {"port", "api-key"}
+"""Short flags whose names others use in the environment: Kubernetes for a service "evospec", and our own clients."""
 
 
 class ConfigurationError(Exception):
@@ -181,18 +183,24 @@ def _check_known(model: BaseModel, path: list[str]) -> None:
 
 
 def _check_environment() -> None:
-    """Variables that would be ignored silently are refused: of no section, or with one underscore between names.
+    """Variables that would be ignored silently are refused.
 
-    Others may have our prefix for other reasons: Kubernetes names variables after services.
+    They are of no section, have one underscore between names, or are named after a short flag. Others may have our
+    prefix for other reasons: Kubernetes names variables after services.
     """
-    variables = [ENV_PREFIX + name.replace(".", "__").upper() for name in all_options()]
-    meant = {variable.replace("__", "_"): variable for variable in variables}
+    short = {_variable(flag): _variable(name) for name, flag in SHORTCUTS.items() if flag not in NO_VARIABLES_OF_OURS}
+    meant = short | {_variable(name).replace("__", "_"): _variable(name) for name in all_options()}
     for variable in os.environ:
+        if (option := meant.get(variable, variable)) != variable:
+            raise ConfigurationError(f"unknown option in the environment: {variable} (did you mean {option}?)")
         section, nested, _ = variable.removeprefix(ENV_PREFIX).partition("__")
         if variable.startswith(ENV_PREFIX) and nested and section.lower() not in Settings.model_fields:
             raise ConfigurationError(f"unknown option in the environment: {variable}")
-        if (option := meant.get(variable, variable)) != variable:
-            raise ConfigurationError(f"unknown option in the environment: {variable} (did you mean {option}?)")
+
+
+def _variable(option: str) -> str:
+    """The variable in the environment of the option or flag ``option``."""
+    return ENV_PREFIX + option.replace(".", "__").replace("-", "_").upper()
 
 
 def is_loopback(host: str) -> bool:

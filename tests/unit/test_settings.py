@@ -91,9 +91,14 @@ def test_misspelt_environment_variable_is_an_error(monkeypatch: pytest.MonkeyPat
     [
         ("EVOSPEC_LIMITS_REQUESTS_PER_MINUTE", "EVOSPEC_LIMITS__REQUESTS_PER_MINUTE"),
         ("EVOSPEC_ENGINE_CACHE_MAX_BYTES", "EVOSPEC_ENGINE__CACHE__MAX_BYTES"),
+        ("EVOSPEC_KEYS_FILE", "EVOSPEC_AUTH__KEYS_FILE"),
+        ("EVOSPEC_MODEL", "EVOSPEC_ENGINE__MODEL__NAME"),
+        ("EVOSPEC_HOST", "EVOSPEC_HTTP__HOST"),
+        ("EVOSPEC_INSECURE", "EVOSPEC_AUTH__INSECURE"),
+        ("EVOSPEC_ALIGNMENT__ENABLED", "EVOSPEC_ENGINE__ALIGNMENT__ENABLED"),
     ],
 )
-def test_an_underscore_too_few_in_the_environment_is_an_error(
+def test_an_underscore_too_few_or_a_short_flag_in_the_environment_is_an_error(
     monkeypatch: pytest.MonkeyPatch, variable: str, meant: str
 ) -> None:
     monkeypatch.setenv(variable, "1")
@@ -105,6 +110,11 @@ def test_variables_that_kubernetes_names_after_a_service_are_none_of_ours(monkey
     for name in ("SERVICE_HOST", "PORT", "PORT_8000_TCP_ADDR", "REDIS_SERVICE_HOST", "REDIS_PORT"):
         monkeypatch.setenv(f"EVOSPEC_{name}", "tcp://10.0.0.1:8000")
     load_settings()
+
+
+def test_the_variable_with_the_key_of_clients_is_no_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EVOSPEC_API_KEY", "secret")
+    assert load_settings().auth.api_key is None
 
 
 @pytest.mark.parametrize(
