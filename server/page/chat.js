@@ -4,8 +4,9 @@ import { call, model, tell } from "./main.js";
 const SOURCES = ["target", "draft", "session", "copied", "prediction"];
 const DRAWN_EVERY = 100; // milliseconds
 const byId = (id) => document.getElementById(id);
-const history = [];
+let history = [];
 let session = newSession();
+let running = null; // what stops the answer that is coming, an AbortController
 
 // A name for what the server learns of this chat's words.
 function newSession() {
@@ -71,28 +72,36 @@ class ColouredText {
   }
 }
 
-// Stream an answer into a message; returns its text and what it took.
-async function answer(message, body) {
+// Stream an answer into a message; returns its text and what it took. A stopped one is as long as it got, unless nothing
+// of it has come: then it is an error, as when the server fails.
+async function answer(message, body, signal) {
   const coloured = new ColouredText(message);
   const started = performance.now();
   let text = "", first = null, usage = null, metrics = null;
-  const response = await call("v1/chat/completions", {
-    method: "POST",
-    headers: { "Content-Type": "application/json", "X-Session-Id": session },
-    body: JSON.stringify({ ...body, stream: true, logprobs: true, stream_options: { include_usage: true } }),
-  });
-  for await (const event of events(response)) {
-    const [choice] = event.choices;
-    if (choice) {
-      first ??= performance.now();
-      text += choice.delta.content ?? "";
-      for (const entry of choice.logprobs?.content ?? []) coloured.add(entry);
+  try {
+    const response = await call("v1/chat/completions", {
+      method: "POST",
+      headers: { "Content-Type": "application/json", "X-Session-Id": session },
+      body: JSON.stringify({ ...body, stream: true, logprobs: true, stream_options: { include_usage: true } }),
+      signal,
+    });
+    for await (const event of events(response)) {
+      const [choice] = event.choices;
+      if (choice) {
+        first ??= performance.now();
+        text += choice.delta.content ?? "";
+        for (const entry of choice.logprobs?.content ?? []) coloured.add(entry);
+      }
+      ({ usage = usage, metrics = metrics } = event);
     }
-    ({ usage = usage, metrics = metrics } = event);
+  } catch (error) {
+    if (!signal.aborted || !text) throw error;
   }
   const seconds = (performance.now() - started) / 1000;
   coloured.show();
-  return { text, counts: coloured.counts, tokens: usage?.completion_tokens ?? 0, seconds, first: (first - started) / 1000, metrics };
+  const shown = Object.values(coloured.counts).reduce((sum, count) => sum + count, 0);
+  const tokens = usage?.completion_tokens ?? shown;
+  return { text, counts: coloured.counts, tokens, seconds, first: (first - started) / 1000, metrics };
 }
 
 // Tokens a second after the first one: the second answer to a question finds its prompt computed.
@@ -114,20 +123,21 @@ function describe(result, without) {
   return line;
 }
 
-async function ask(prompt, prediction) {
+async function ask(prompt, prediction, signal) {
+  const chat = history; // "New chat" begins another
+  const asked = { role: "user", content: prompt };
   const question = addMessage("user");
   question.text.textContent = prompt;
-  history.push({ role: "user", content: prompt });
   const body = {
     model,
-    messages: history,
+    messages: [...chat, asked],
     temperature: Number(byId("temperature").value),
     max_tokens: Number(byId("max-tokens").value),
     seed: 1,
     ...(prediction && { prediction: { type: "content", content: prediction } }),
   };
   const message = addMessage("assistant");
-  const result = await answer(message, body).catch((error) => {
+  const result = await answer(message, body, signal).catch((error) => {
     question.item.remove();
     message.item.remove();
     throw error;
@@ -135,32 +145,44 @@ async function ask(prompt, prediction) {
   const figures = message.item.appendChild(document.createElement("p"));
   figures.className = "figures";
   figures.textContent = describe(result, null);
-  if (byId("compare").checked) {
+  if (byId("compare").checked && !signal.aborted) {
     const hidden = { item: message.item, text: document.createElement("div") };
-    figures.textContent = describe(result, await answer(hidden, { ...body, num_speculative_tokens: 0 }));
+    const without = await answer(hidden, { ...body, num_speculative_tokens: 0 }, signal);
+    if (!signal.aborted) figures.textContent = describe(result, without);
   }
-  history.push({ role: "assistant", content: result.text });
+  chat.push(asked, { role: "assistant", content: result.text });
+}
+
+// Note whether an answer is coming: then the button that sends stops it.
+function setRunning(controller) {
+  running = controller;
+  byId("send").textContent = running ? "Stop" : "Send";
+  byId("send").formNoValidate = running !== null; // there need be no further question
 }
 
 export function startChat() {
-  const form = byId("ask"), prompt = byId("prompt"), expected = byId("prediction"), send = byId("send");
+  const form = byId("ask"), prompt = byId("prompt"), expected = byId("prediction");
   form.addEventListener("submit", async (event) => {
     event.preventDefault();
+    if (running) {
+      if (event.submitter) running.abort(); // the button, not Enter
+      return;
+    }
     const text = prompt.value.trim();
-    if (!text || send.disabled) return;
-    send.disabled = true;
+    if (!text) return;
+    const controller = new AbortController();
+    setRunning(controller);
     prompt.value = "";
     tell(null);
-    const length = history.length;
     try {
-      await ask(text, expected.value);
-      expected.value = "";
+      await ask(text, expected.value, controller.signal);
+      if (running === controller) expected.value = "";
     } catch (error) {
-      history.length = length;
+      if (running !== controller) return; // of a chat that is gone
       prompt.value = text;
-      tell(error.message);
+      if (!controller.signal.aborted) tell(error.message);
     } finally {
-      send.disabled = false;
+      if (running === controller) setRunning(null);
     }
   });
   prompt.addEventListener("keydown", (event) => {
@@ -170,7 +192,9 @@ export function startChat() {
     }
   });
   byId("clear").addEventListener("click", () => {
-    history.length = 0;
+    running?.abort();
+    setRunning(null);
+    history = [];
     session = newSession();
     byId("messages").replaceChildren();
     tell(null);

@@ -59,7 +59,7 @@ def ask(page: Page, question: str) -> str:
     page.fill("#max-tokens", str(MOST_TOKENS))
     page.fill("#prompt", question)
     page.press("#prompt", "Enter")
-    expect(page.locator("#send")).to_be_enabled(timeout=TIMEOUT)
+    expect(page.locator("#send")).to_have_text("Send", timeout=TIMEOUT)
     return page.locator(".assistant .figures").last.inner_text()
 
 
@@ -107,6 +107,51 @@ def test_a_prediction_goes_with_one_question(browser: Browser, server: RunningSe
             figures = ask(page, "Say hello.")
         assert json.loads(request.value.post_data or "").get("prediction") == expected
         assert sum(counted(figures).values()) == int(figures.split()[0])
+
+
+def begin_long_answer(page: Page) -> None:
+    """Ask for an answer of many tokens, and wait for the first of them."""
+    expect(page.locator("#about")).not_to_be_empty(timeout=TIMEOUT)
+    page.fill("#max-tokens", "1500")
+    page.fill("#prompt", "Write a very long story.")
+    page.press("#prompt", "Enter")
+    expect(page.locator(".assistant .token").nth(5)).to_be_attached(timeout=TIMEOUT)
+
+
+def asked_messages(page: Page, question: str) -> list[dict[str, str]]:
+    """Ask, wait for the answer, and return the messages of the request."""
+    with page.expect_request("**/v1/chat/completions") as request:
+        ask(page, question)
+    messages: list[dict[str, str]] = json.loads(request.value.post_data or "")["messages"]
+    return messages
+
+
+def test_an_answer_that_is_stopped_stays_as_far_as_it_came(browser: Browser, server: RunningServer) -> None:
+    page = opened(browser, server, KEYS["acme"])
+    begin_long_answer(page)
+    page.press("#prompt", "Enter")  # sends nothing and stops nothing
+    expect(page.locator("#send")).to_have_text("Stop")
+    page.click("#send")
+    expect(page.locator("#send")).to_have_text("Send")
+    part = page.locator(".assistant .text").inner_text()
+    figures = page.locator(".assistant .figures").inner_text()
+    assert 5 < int(figures.split()[0]) == sum(counted(figures).values()) < 1500
+    expect(page.locator("#problem")).to_be_hidden()
+    _, answered, _ = asked_messages(page, "Say hello.")
+    assert answered["role"] == "assistant"
+    assert answered["content"].strip() == part.strip()
+
+
+def test_a_new_chat_ends_the_answer_that_is_coming(browser: Browser, server: RunningServer) -> None:
+    page = opened(browser, server, KEYS["acme"])
+    with page.expect_event("requestfailed", timeout=TIMEOUT) as ended:
+        begin_long_answer(page)
+        page.click("#clear")
+    assert ended.value.url.endswith("/v1/chat/completions")
+    expect(page.locator("#messages li")).to_have_count(0)
+    expect(page.locator("#problem")).to_be_hidden()
+    assert [message["content"] for message in asked_messages(page, "Say hello.")] == ["Say hello."]
+    assert len(asked_messages(page, "Say goodbye.")) == 3
 
 
 def test_acceptance_shown_is_that_of_the_metrics_and_each_tenant_sees_its_own(
