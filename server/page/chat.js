@@ -145,12 +145,17 @@ async function ask(prompt, prediction, signal) {
   const figures = message.item.appendChild(document.createElement("p"));
   figures.className = "figures";
   figures.textContent = describe(result, null);
-  if (byId("compare").checked && !signal.aborted) {
-    const hidden = { item: message.item, text: document.createElement("div") };
-    const without = await answer(hidden, { ...body, num_speculative_tokens: 0 }, signal);
-    if (!signal.aborted) figures.textContent = describe(result, without);
-  }
   chat.push(asked, { role: "assistant", content: result.text });
+  if (byId("compare").checked && !signal.aborted) {
+    await compare(result, message, figures, body, signal).catch((error) => signal.aborted || tell(error.message));
+  }
+}
+
+// Ask again without drafts; only the figures of that answer are shown.
+async function compare(result, message, figures, body, signal) {
+  const hidden = { item: message.item, text: document.createElement("div") };
+  const without = await answer(hidden, { ...body, num_speculative_tokens: 0 }, signal);
+  if (!signal.aborted) figures.textContent = describe(result, without);
 }
 
 // Note whether an answer is coming: then the button that sends stops it.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Page, Route, expect
 
 from server.tenants import hash_key
 from tests.running_browser import BINARY, running_browser
@@ -152,6 +152,24 @@ def test_a_new_chat_ends_the_answer_that_is_coming(browser: Browser, server: Run
     expect(page.locator("#problem")).to_be_hidden()
     assert [message["content"] for message in asked_messages(page, "Say hello.")] == ["Say hello."]
     assert len(asked_messages(page, "Say goodbye.")) == 3
+
+
+def test_an_answer_stays_where_the_one_without_drafts_fails(browser: Browser, server: RunningServer) -> None:
+    page = opened(browser, server, KEYS["acme"])
+
+    def refuse_without_drafts(route: Route) -> None:
+        if "num_speculative_tokens" in (route.request.post_data or ""):
+            route.fulfill(status=503, json={"error": {"message": "Too much at once."}})
+        else:
+            route.continue_()
+
+    page.route("**/v1/chat/completions", refuse_without_drafts)
+    page.check("#compare")
+    assert sum(counted(ask(page, "Say hello.")).values()) > 0
+    expect(page.locator("#problem")).to_have_text("Too much at once.")
+    assert page.input_value("#prompt") == ""
+    page.uncheck("#compare")
+    assert [message["role"] for message in asked_messages(page, "Again.")] == ["user", "assistant", "user"]
 
 
 def test_acceptance_shown_is_that_of_the_metrics_and_each_tenant_sees_its_own(
