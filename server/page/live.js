@@ -1,5 +1,5 @@
 // How drafts fare: acceptance by tenant, domain and place, the engine's load, and adapters.
-import { call, hasKey, tell } from "./main.js";
+import { call, hasKey, introduce, model, tell } from "./main.js";
 
 const INTERVAL = 2000, POINTS = 120;
 const byId = (id) => document.getElementById(id);
@@ -108,14 +108,18 @@ async function showAdapters() {
   table(section, "Adapters", headings, rows);
 }
 
-async function update() {
+// Look at the server, and show what there is. Problems are told where they are in the way: in the live tab, and before
+// the first success, while the engine is starting or the key is wrong.
+export async function update() {
   try {
     const overview = await (await call("v1/overview")).json();
+    if (!model) tell(null);
+    introduce(overview);
     showEngine(overview.engine);
     showTenants(overview.tenants);
     if (overview.engine && hasKey()) await showAdapters();
   } catch (error) {
-    if (!byId("live").hidden) tell(error.message);
+    if (!model || !byId("live").hidden) tell(error.message);
   }
 }
 

@@ -1,6 +1,6 @@
 // Tabs, the key, and what both tabs need of the server.
 import { startChat } from "./chat.js";
-import { startLive } from "./live.js";
+import { startLive, update } from "./live.js";
 
 const STORED_KEY = "evospec-key";
 const byId = (id) => document.getElementById(id);
@@ -35,16 +35,10 @@ function show(name) {
   tell(null);
 }
 
-async function introduce() {
-  try {
-    const overview = await (await call("v1/overview")).json();
-    model = overview.model;
-    byId("about").textContent = `${overview.model} · ${overview.draft ? `drafts by ${overview.draft}` : "no drafts"}`;
-    tell(null);
-  } catch (error) {
-    byId("about").textContent = "";
-    tell(error.message);
-  }
+// Take from the server's overview what is served; null: not known.
+export function introduce(overview) {
+  model = overview?.model ?? "";
+  byId("about").textContent = overview ? `${model} · ${overview.draft ? `drafts by ${overview.draft}` : "no drafts"}` : "";
 }
 
 startLive();
@@ -53,8 +47,9 @@ byId("key").value = localStorage.getItem(STORED_KEY) ?? "";
 byId("access").addEventListener("submit", (event) => event.preventDefault());
 byId("key").addEventListener("change", () => {
   localStorage.setItem(STORED_KEY, byId("key").value.trim());
-  introduce();
+  introduce(null);
+  update();
 });
 byId("tab-chat").addEventListener("click", () => show("chat"));
 byId("tab-live").addEventListener("click", () => show("live"));
-introduce();
+update();

@@ -208,6 +208,23 @@ def test_a_wrong_key_and_a_refused_question_are_told(browser: Browser, server: R
     expect(page.locator("#messages li")).to_have_count(0)
 
 
+def not_there_yet(route: Route) -> None:
+    route.fulfill(status=503, json={"error": {"message": "The engine is starting."}})
+
+
+def test_a_page_opened_while_the_engine_starts_learns_the_model_later(browser: Browser, server: RunningServer) -> None:
+    page = browser.new_context().new_page()
+    page.route("**/v1/overview", not_there_yet)
+    page.goto(server.base_url)
+    page.fill("#key", KEYS["acme"])
+    page.press("#key", "Enter")
+    expect(page.locator("#problem")).to_have_text("The engine is starting.")
+    page.unroute("**/v1/overview")
+    expect(page.locator("#about")).to_contain_text("smollm2-135m", timeout=TIMEOUT)
+    expect(page.locator("#problem")).to_be_hidden()
+    assert sum(counted(ask(page, "Say hello.")).values()) > 0
+
+
 @pytest.mark.parametrize(("width", "scheme"), [(360, "dark"), (1400, "light")])
 def test_it_fits_narrow_and_wide_windows(
     browser: Browser, server: RunningServer, width: int, scheme: str, tmp_path: Path
