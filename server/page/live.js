@@ -4,6 +4,7 @@ import { call, hasKey, introduce, model, tell } from "./main.js";
 const INTERVAL = 2000, POINTS = 120;
 const byId = (id) => document.getElementById(id);
 const seen = new Map(); // by tenant and domain: the last counts, and acceptance lengths of the intervals since
+let failing = false; // and the page tells why
 
 function element(name, text, parent) {
   const made = document.createElement(name);
@@ -113,13 +114,15 @@ async function showAdapters() {
 export async function update() {
   try {
     const overview = await (await call("v1/overview")).json();
-    if (!model) tell(null);
+    if (failing) tell(null);
+    failing = false;
     introduce(overview);
     showEngine(overview.engine);
     showTenants(overview.tenants);
     if (overview.engine && hasKey()) await showAdapters();
   } catch (error) {
-    if (!model || !byId("live").hidden) tell(error.message);
+    failing = !model || !byId("live").hidden;
+    if (failing) tell(error.message);
   }
 }
 

@@ -225,6 +225,16 @@ def test_a_page_opened_while_the_engine_starts_learns_the_model_later(browser: B
     assert sum(counted(ask(page, "Say hello.")).values()) > 0
 
 
+def test_live_tells_a_problem_only_as_long_as_it_lasts(browser: Browser, server: RunningServer) -> None:
+    page = opened(browser, server, KEYS["acme"])
+    expect(page.locator("#about")).not_to_be_empty(timeout=TIMEOUT)
+    page.click("#tab-live")
+    page.route("**/v1/overview", not_there_yet)
+    expect(page.locator("#problem")).to_have_text("The engine is starting.", timeout=TIMEOUT)
+    page.unroute("**/v1/overview")
+    expect(page.locator("#problem")).to_be_hidden(timeout=TIMEOUT)
+
+
 @pytest.mark.parametrize(("width", "scheme"), [(360, "dark"), (1400, "light")])
 def test_it_fits_narrow_and_wide_windows(
     browser: Browser, server: RunningServer, width: int, scheme: str, tmp_path: Path
