@@ -91,14 +91,23 @@ def encode_messages(
 ) -> TokenizedPrompt:
     """A conversation, ready for the assistant's answer; ``text`` is what the template makes of it.
 
-    400 as for ``encode_text``, and where the template cannot render it.
+    Some templates take the arguments of past calls only as objects. 400 as for ``encode_text``, and where the template
+    cannot render the messages in either way.
     """
+
+    def render(as_objects: bool) -> str:
+        given = [message.for_template(as_objects) for message in messages]
+        shown = [tool.for_template() for tool in tools] or None
+        return tokenizer.apply_chat_template(given, tools=shown, variables=variables)
+
+    calls = [call for message in messages for call in message.tool_calls or ()]
     try:
-        text = tokenizer.apply_chat_template(
-            [message.for_template() for message in messages],
-            tools=[tool.for_template() for tool in tools] or None,
-            variables=variables,
-        )
+        try:
+            text = render(as_objects=False)
+        except ChatTemplateError:
+            if not any(isinstance(call.function.arguments, str) for call in calls):
+                raise
+            text = render(as_objects=True)
     except ChatTemplateError as error:
         raise bad_request(str(error), "messages") from error
     # The template has written the special tokens out.

@@ -73,8 +73,8 @@ class CallItem(_Item):
     parsed_arguments: _Echo = None
 
     @field_serializer("arguments")
-    def _as_text(self, arguments: dict[str, Any]) -> str:
-        return msgspec.json.encode(arguments).decode()
+    def _as_text(self, arguments: dict[str, Any] | str) -> str:
+        return arguments if isinstance(arguments, str) else msgspec.json.encode(arguments).decode()
 
 
 class CallOutputItem(_Item):

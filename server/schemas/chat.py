@@ -83,14 +83,17 @@ class Message(LenientBody):
             raise PydanticCustomError("missing", "Field required", {"param": "content"})
         return self
 
-    def for_template(self) -> dict[str, Any]:
-        """What chat templates may want to know: the role, plain text, and what else there is, else None."""
+    def for_template(self, as_objects: bool = False) -> dict[str, Any]:
+        """What chat templates may want to know: the role, plain text, and what else there is, else None.
+
+        ``as_objects``: as for ``PastCall``.
+        """
         return {
             "role": "system" if self.role == "developer" else self.role,
             "content": text_of(self.content or ""),
             "name": self.name,
             "reasoning_content": self.reasoning_content,
-            "tool_calls": [call.for_template() for call in self.tool_calls or ()] or None,
+            "tool_calls": [call.for_template(as_objects) for call in self.tool_calls or ()] or None,
             "tool_call_id": self.tool_call_id,
         }
 

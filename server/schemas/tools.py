@@ -60,18 +60,18 @@ ToolChoice = Literal["none", "auto", "required"] | NamedChoice
 
 
 def _object_of(text: Any) -> Any:
-    """The arguments of a past call as the object that chat templates want."""
-    try:
-        value = msgspec.json.decode(text or "{}") if isinstance(text, str) else None
-    except (msgspec.DecodeError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
+    """The arguments of a past call as the object that chat templates want; text that is none, as what was cut off."""
+    if not isinstance(text, str):
         raise PydanticCustomError("arguments", "must be a JSON object, as text")
-    return value
+    try:
+        value = msgspec.json.decode(text or "{}")
+    except (msgspec.DecodeError, RecursionError):
+        return text
+    return value if isinstance(value, dict) else text
 
 
-Arguments = Annotated[dict[str, Any], BeforeValidator(_object_of), WithJsonSchema({"type": "string"})]
-"""Of a past call: an object, sent as text."""
+Arguments = Annotated[dict[str, Any] | str, BeforeValidator(_object_of), WithJsonSchema({"type": "string"})]
+"""Of a past call: an object, sent as text, or the text itself where it is none."""
 
 
 class PastFunction(LenientBody):
@@ -89,13 +89,16 @@ class PastCall(LenientBody):
     function: PastFunction
 
     @classmethod
-    def of(cls, call_id: str, name: str, arguments: dict[str, Any]) -> Self:
-        """The call with arguments that are an object already."""
+    def of(cls, call_id: str, name: str, arguments: dict[str, Any] | str) -> Self:
+        """The call with arguments as ``Arguments`` has them."""
         return cls(id=call_id, function=PastFunction.model_construct(name=name, arguments=arguments))
 
-    def for_template(self) -> dict[str, Any]:
-        """The call as chat templates know it."""
-        return self.model_dump(exclude_none=True)
+    def for_template(self, as_objects: bool = False) -> dict[str, Any]:
+        """The call as chat templates know it; ``as_objects``: arguments that are text are the only one of an object."""
+        call = self.model_dump(exclude_none=True)
+        if as_objects and isinstance(self.function.arguments, str):
+            call["function"]["arguments"] = {"arguments": self.function.arguments}
+        return call
 
 
 PastCalls = Annotated[list[PastCall], Field(max_length=MAX_CALLS, fail_fast=True)]

@@ -141,6 +141,17 @@ async def test_items_become_messages(tools_api: Serve, tokenizer: Tokenizer) -> 
         assert prompt(api) == f"system:Be;user:Hi;assistant:{calls};tool:42;tool:43;"
 
 
+async def test_a_call_that_was_cut_off_can_be_sent_back_and_is_kept(tools_api: Serve, tokenizer: Tokenizer) -> None:
+    call = {"type": "function_call", "call_id": "1", "name": "f", "arguments": '{"a": ', "status": "incomplete"}
+    items: Any = [{"role": "user", "content": "Hi"}, call]
+    async with asking(tools_api, saying("Yes", tokenizer)) as (api, client):
+        first = await client.responses.create(model="tiny", input=items)
+        history = 'user:Hi;assistant:<tool_call>"{\\"a\\": ";'
+        assert prompt(api) == history
+        await client.responses.create(model="tiny", input="Ho", previous_response_id=first.id)
+        assert prompt(api) == f"{history}assistant:Yes;user:Ho;"
+
+
 async def test_a_request_goes_on_from_an_answer_that_was_stored(tools_api: Serve, tokenizer: Tokenizer) -> None:
     def script(request: EngineRequest) -> Any:
         is_second = "tool" in tokenizer.decode(request.prompt_token_ids)
@@ -275,7 +286,7 @@ async def test_a_stream_that_fails_before_its_first_token_begins_all_the_same(
             "input.0.content.0.type",
         ),
         (
-            {"input": [{"type": "function_call", "call_id": "1", "name": "f", "arguments": "{"}]},
+            {"input": [{"type": "function_call", "call_id": "1", "name": "f", "arguments": {}}]},
             "input.0.arguments",
         ),
         (

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
+from engine.text.chat_template import ChatTemplate
 from engine.text.tokenizer import Tokenizer
 from tests.integration.running_api import Api
 from tests.integration.tools_model import CALL, Serve, saying
@@ -74,6 +76,30 @@ async def test_a_call_that_is_cut_off_is_none_to_make(
     assert choice["finish_reason"] == events[-2]["choices"][0]["finish_reason"] == finish_reason
 
 
+async def test_a_call_that_was_cut_off_can_be_sent_back(tools_api: Serve, tokenizer: Tokenizer) -> None:
+    async with tools_api(saying(CALL[:44], tokenizer, "length")) as api:
+        [choice] = (await api.post(CHAT, tools=[TOOL])).json()["choices"]
+        response = await api.post(CHAT, messages=[USER, choice["message"], USER], tools=[TOOL])
+        assert response.status_code == 200, response.text
+        [call] = choice["message"]["tool_calls"]
+        written = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+        assert written.startswith('"{')
+        assert f"<tool_call>{written};user:Hi;" in prompt(api)
+
+
+async def test_a_template_that_wants_objects_gets_arguments_that_are_none_in_one(
+    tools_api: Serve, tokenizer: Tokenizer
+) -> None:
+    source = "{% for m in messages %}{% for call in m.tool_calls or [] %}{% for name, value in "
+    source += "call.function.arguments | items %}{{ name }}={{ value }};{% endfor %}{% endfor %}{% endfor %}"
+    cut = {"type": "function", "function": {"name": "f", "arguments": '{"b": '}}
+    async with tools_api(saying("Yes", tokenizer)) as api:
+        api.app.state.serving.tokenizer.chat_template = ChatTemplate(source, {})
+        response = await api.post(CHAT, messages=[USER, {"role": "assistant", "tool_calls": [PAST, cut]}])
+        assert response.status_code == 200, response.text
+        assert prompt(api) == 'a=1;arguments={"b": ;'
+
+
 async def test_tools_are_shown_to_the_model_unless_it_may_not_call_them(tools_api: Serve, tokenizer: Tokenizer) -> None:
     async with tools_api(saying(CALL, tokenizer)) as api:
         await api.post(CHAT, tools=[TOOL])
@@ -124,7 +150,7 @@ async def test_thoughts_that_the_prompt_has_begun(tools_api: Serve, tokenizer: T
         ({"messages": [{"role": "tool"}]}, "messages.0.content"),
         ({"messages": [{**USER, "tool_calls": [PAST]}]}, "messages.0.tool_calls"),
         (
-            {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
+            {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}]},
             "messages.0.tool_calls.0.function.arguments",
         ),
     ],
