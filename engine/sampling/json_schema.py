@@ -19,7 +19,10 @@ MAX_SCHEMA_CHARS = 65_536
 MAX_SCHEMA_DEPTH = 50
 _MAX_PLACE_CHARS = 200
 
-ANNOTATIONS = {"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$comment"}
+_ANNOTATIONS = {
+    *("title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$comment"),
+    "discriminator",  # OpenAPI's and pydantic's: where to look first for which of ``oneOf`` holds
+}
 DEFINITIONS = {"$defs", "definitions", "$schema", "$id"}
 _UNSUPPORTED = (
     *("not", "if", "then", "else", "$dynamicRef"),
@@ -74,6 +77,11 @@ def check_json_schema(text: str) -> None:
             raise GrammarError(f"the JSON schema at {_place(path)} must be an object or a boolean")
         if isinstance(part, dict) and (problem := _problem(part)):
             raise GrammarError(f"the JSON schema at {_place(path)} is not supported: {problem}")
+
+
+def annotations_in(schema: dict[str, Any]) -> set[str]:
+    """The keywords of a schema that constrain nothing."""
+    return {keyword for keyword in schema if keyword in _ANNOTATIONS or keyword.startswith("x-")}
 
 
 def subschemas(root: Any) -> Iterator[tuple[list[str], Any]]:
@@ -157,7 +165,7 @@ def _place(path: list[str]) -> str:
 
 def _problem(schema: dict[str, Any]) -> str | None:
     """What of this schema, apart from its subschemas, cannot be enforced."""
-    keywords = schema.keys() - ANNOTATIONS - DEFINITIONS
+    keywords = schema.keys() - annotations_in(schema) - DEFINITIONS
     for keyword in _UNSUPPORTED:
         if keyword in keywords:
             return keyword

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from engine.messages import Grammar
-from engine.sampling.json_schema import ANNOTATIONS, DEFINITIONS
+from engine.sampling.json_schema import DEFINITIONS, annotations_in
 
 _MAX_SCHEMAS = 256
 """Subschemas, each counted as often as it is referred to: too few for one that contains itself."""
@@ -23,7 +23,7 @@ _WAYS_OF_A_BRANCH = 4
 _MAX_ITEMS, _MAX_LENGTH, _MAX_VALUES = 128, 4096, 256
 _BOUNDS = {"minLength": _MAX_LENGTH, "maxLength": _MAX_LENGTH, "minItems": _MAX_ITEMS, "maxItems": _MAX_ITEMS}
 _KEYWORDS = {"type", "properties", "required", "additionalProperties", "items", "anyOf", "$ref", "enum", "const"}
-_ORDINARY = _KEYWORDS | {"minimum", "maximum"} | _BOUNDS.keys() | ANNOTATIONS | DEFINITIONS
+_ORDINARY = _KEYWORDS | {"minimum", "maximum"} | _BOUNDS.keys() | DEFINITIONS
 
 
 def is_ordinary(grammar: Grammar) -> bool:
@@ -53,7 +53,9 @@ class _Survey:
         self._num_visited += 1
         if schema is True:
             return 1
-        if self._num_visited > _MAX_SCHEMAS or not isinstance(schema, dict) or not schema.keys() <= _ORDINARY:
+        if self._num_visited > _MAX_SCHEMAS or not isinstance(schema, dict):
+            raise _Extraordinary
+        if schema.keys() - annotations_in(schema) - _ORDINARY:
             raise _Extraordinary
         if any(schema.get(keyword, 0) > bound for keyword, bound in _BOUNDS.items()):
             raise _Extraordinary

@@ -14,9 +14,9 @@ import msgspec
 
 from engine.messages import Grammar
 from engine.sampling.json_schema import (
-    ANNOTATIONS,
     MAX_SCHEMA_CHARS,
     GrammarError,
+    annotations_in,
     check_json_schema,
     rewrite_pattern,
     rewrite_patterns,
@@ -131,7 +131,7 @@ def _enforceable(schema: dict[str, Any]) -> Any:
     schema = deepcopy(schema)
     for _, part in subschemas(schema):
         if isinstance(part, dict):
-            for keyword in ANNOTATIONS & part.keys():
+            for keyword in annotations_in(part):
                 del part[keyword]
     text = json.dumps(schema)
     check_json_schema(text)

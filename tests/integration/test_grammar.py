@@ -62,6 +62,20 @@ class Person(pydantic.BaseModel):
     nickname: str | None
 
 
+class Owner(pydantic.BaseModel):
+    """A discriminated union, with an extension of somebody's own."""
+
+    class Cat(pydantic.BaseModel):
+        kind: Literal["cat"]
+        lives: int = pydantic.Field(ge=0, le=9)
+
+    class Dog(pydantic.BaseModel):
+        kind: Literal["dog"]
+        legs: int = pydantic.Field(ge=0, le=8)
+
+    pet: Cat | Dog = pydantic.Field(discriminator="kind", json_schema_extra={"x-order": 1})
+
+
 PERSON = Grammar(kind="json_schema", schema=json.dumps(Person.model_json_schema()))
 JSON_OBJECT = Grammar(kind="json_object")
 
@@ -146,6 +160,13 @@ def test_output_satisfies_the_schema(
             assert finish_reason == "length"
             assert text.lstrip()[:1] in ("", "{")
     assert generate(tokenizer, pool, 1, drafts, grammar=PERSON)[1] == "stop"
+
+
+def test_output_satisfies_a_discriminated_union(tokenizer: Tokenizer, pool: GrammarPool) -> None:
+    grammar = schema(Owner.model_json_schema())
+    texts = [generate(tokenizer, pool, seed, False, grammar=grammar) for seed in range(8)]
+    pets = [Owner.model_validate_json(text).pet for text, finish_reason in texts if finish_reason == "stop"]
+    assert {pet.kind for pet in pets} == {"cat", "dog"}
 
 
 def test_json_object_is_an_object_with_anything_in_it(tokenizer: Tokenizer, pool: GrammarPool) -> None:
@@ -234,6 +255,7 @@ def test_after_the_grammar_only_end_tokens_remain(tokenizer: Tokenizer, pool: Gr
         ('{"anyOf": [{"if": {}}]}', "#/anyOf/0 is not supported: if"),
         ('{"allOf": [{}, {}]}', "allOf"),
         ('{"type": "object", "required": ["a"], "oneOf": [{}]}', "oneOf beside required"),
+        ('{"anyOf": [{"type": "string"}], "nullable": true, "x-a": 1}', "anyOf beside nullable"),
         ('{"pattern": "a", "maxLength": 3}', "pattern beside"),
         ('{"type": "string", "format": "date", "minLength": 3}', "format beside"),
         ('{"enum": ["abc"], "maxLength": 2}', "enum beside maxLength"),

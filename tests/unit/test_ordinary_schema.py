@@ -35,6 +35,7 @@ def referring(name: str) -> dict[str, Any]:
         {"enum": list(range(256))},
         any_of(*[STRING] * 4),
         referring("b"),
+        any_of(STRING, STRING) | {"discriminator": {"propertyName": "a"}, "x-order": 1},
         True,
     ],
 )
