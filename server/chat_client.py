@@ -7,7 +7,8 @@ import sys
 import time
 import uuid
 from codecs import getincrementaldecoder
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,23 +63,32 @@ class Conversation:
         self._messages: list[dict[str, str]] = []
         self.model = model or self._remote.first_model()
 
-    def ask(self, text: str, speed: AnswerSpeed, with_sources: bool) -> Iterator[tuple[str, str]]:
-        """The answer piece by piece, each with who proposed it if the server tells, else ""; raises ``RemoteError``."""
-        self._messages.append({"role": "user", "content": text})
-        body = {"model": self.model, "messages": self._messages, "stream": True, "logprobs": with_sources}
+    def ask(self, text: str, speed: AnswerSpeed, with_sources: bool) -> Generator[tuple[str, str]]:
+        """The answer piece by piece, each with who proposed it if the server tells, else ""; raises ``RemoteError``.
+
+        An error leaves the conversation as it was. Of an answer that is stopped (``KeyboardInterrupt``, or the iterator
+        is closed) the part that has come is a part of the conversation.
+        """
+        question = {"role": "user", "content": text}
+        body = {"model": self.model, "messages": [*self._messages, question], "stream": True, "logprobs": with_sources}
         answer, decoder = "", getincrementaldecoder("utf-8")("replace")
-        with self._remote.one_line():
-            for event in self._events({**body, "stream_options": {"include_usage": True}}):
-                speed.add(event)
-                for choice in event.get("choices", []):
-                    piece = choice["delta"].get("content") or ""
-                    answer += piece
-                    tokens = (choice.get("logprobs") or {}).get("content") or []
-                    if any("source" in token for token in tokens):
-                        yield from ((decoder.decode(bytes(token["bytes"] or ())), token["source"]) for token in tokens)
-                    else:
-                        yield piece, ""
-        self._messages.append({"role": "assistant", "content": answer})
+        try:
+            with self._remote.one_line():
+                for event in self._events({**body, "stream_options": {"include_usage": True}}):
+                    speed.add(event)
+                    for choice in event.get("choices", []):
+                        piece = choice["delta"].get("content") or ""
+                        answer += piece
+                        tokens = (choice.get("logprobs") or {}).get("content") or []
+                        if any("source" in token for token in tokens):
+                            yield from ((decoder.decode(bytes(one["bytes"] or ())), one["source"]) for one in tokens)
+                        else:
+                            yield piece, ""
+        except (KeyboardInterrupt, GeneratorExit):
+            if answer:
+                self._messages += [question, {"role": "assistant", "content": answer}]
+            raise
+        self._messages += [question, {"role": "assistant", "content": answer}]
 
     def _events(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
         with self._remote.client.stream("POST", "chat/completions", json=body) as response:
@@ -94,23 +104,48 @@ class Conversation:
 
 
 def chat(conversation: Conversation, in_colours: bool) -> None:
-    """Ask what comes line by line on standard input, and print the answers; raises ``RemoteError``."""
+    """Ask what comes line by line on standard input, and print the answers.
+
+    At a terminal Ctrl-C stops an answer, and an error costs its question only. Elsewhere ``RemoteError`` is raised.
+    """
     is_terminal = sys.stdin.isatty()
     if is_terminal:
-        print(f"{conversation.model}: type a message; Ctrl-D ends.")
+        print(f"{conversation.model}: type a message; Ctrl-C stops an answer, Ctrl-D ends.")
     if in_colours:
         print("Tokens are", ", ".join(_coloured(meaning, source) for source, meaning in _MEANINGS.items()))
-    while True:
-        try:
-            text = input("> " if is_terminal else "")
-        except EOFError:
-            return
+    while (text := _typed(is_terminal)) is not None:
         if not text.strip():
             continue
-        speed = AnswerSpeed()
-        for piece, source in conversation.ask(text, speed, in_colours):
+        try:
+            _answer(conversation, text, in_colours)
+        except KeyboardInterrupt:
+            if not is_terminal:
+                raise
+            print("\n[stopped]\n")
+        except RemoteError as error:
+            if not is_terminal:
+                raise
+            print(f"\n[{_harmless(str(error))}]\n")
+
+
+def _typed(is_terminal: bool) -> str | None:
+    """The next line; None: there is none."""
+    try:
+        return input("> " if is_terminal else "")
+    except EOFError:
+        return None
+    except KeyboardInterrupt:
+        if not is_terminal:
+            raise
+        return None
+
+
+def _answer(conversation: Conversation, text: str, in_colours: bool) -> None:
+    speed = AnswerSpeed()
+    with closing(conversation.ask(text, speed, in_colours)) as pieces:
+        for piece, source in pieces:
             print(_coloured(_harmless(piece), source), end="", flush=True)
-        print(f"\n[{speed}]\n")
+    print(f"\n[{speed}]\n")
 
 
 def _coloured(text: str, source: str) -> str:

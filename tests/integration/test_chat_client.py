@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import operator
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -13,6 +14,7 @@ from structlog.testing import capture_logs
 
 from engine.messages import EngineOutput, EngineRequest, TokenLogprob, TokenSource
 from engine.text.tokenizer import Tokenizer
+from server import chat_client
 from server.chat_client import Conversation, chat
 from server.remote import RemoteError
 from server.tenants import hash_key
@@ -32,9 +34,16 @@ def answers(tokenizer: Tokenizer) -> Script:
     return script
 
 
+class Terminal(io.StringIO):
+    """Lines that somebody types."""
+
+    def isatty(self) -> bool:
+        return True
+
+
 async def talk(url: str, key: str | None, typed: str, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
-    """Type lines into ``evospec chat``."""
-    monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+    """Type lines into ``evospec chat``; ``at_terminal``: at a terminal."""
+    monkeypatch.setattr("sys.stdin", Terminal(typed) if options.get("at_terminal") else io.StringIO(typed))
     with capture_logs():  # the server's, which would come between
         await asyncio.to_thread(
             lambda: chat(Conversation(url, key, options.get("model")), options.get("in_colours", False))
@@ -85,6 +94,60 @@ async def test_what_the_server_refuses_is_said_in_its_words(
     async with serve(answers, "--auth.keys", f"acme={hash_key('secret')}") as api:
         with pytest.raises(RemoteError, match=message):
             await talk(f"{api.client.base_url}/v1/", key, "Hi\n", monkeypatch, model=model)
+
+
+async def test_an_error_costs_its_question_only(
+    serve: Any, answers: Script, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed = f"Hi\n{'long ' * 1000}\nAnd?\n"
+    async with serve(answers) as api:
+        await talk(str(api.client.base_url), None, typed, monkeypatch, at_terminal=True)
+        _, second = api.engine.requests
+        prompt = api.tokenizer.decode(second.prompt_token_ids)
+        with pytest.raises(RemoteError, match="status 400"):
+            await talk(str(api.client.base_url), None, typed, monkeypatch)
+    printed = capsys.readouterr().out
+    assert len(re.findall(r"\n\[http\S+: status 400: .*\]\n", printed)) == 1
+    assert printed.count("so[2J\n[") == 3
+    assert "Hi" in prompt
+    assert "And?" in prompt
+    assert "long" not in prompt
+
+
+@pytest.mark.parametrize("place", ["AnswerSpeed.add", "_coloured"])
+async def test_an_answer_that_is_stopped_is_kept_as_far_as_it_came(
+    serve: Any, answers: Script, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], place: str
+) -> None:
+    original = operator.attrgetter(place)(chat_client)
+    pressed = iter([False, False, True])
+
+    def interrupted(*arguments: Any) -> Any:
+        if next(pressed, False):
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(f"server.chat_client.{place}", interrupted)
+    async with serve(answers) as api:
+        await talk(str(api.client.base_url), None, "Hi\nAnd?\n", monkeypatch, at_terminal=True)
+        _, second = api.engine.requests
+        prompt = api.tokenizer.decode(second.prompt_token_ids)
+    printed = capsys.readouterr().out
+    assert re.search(r"> so\n?.*\n\[stopped\]\n\n> so\[2J\n\[\d+ tokens", printed), printed
+    assert re.search(r"Hi.*so.*And\?", prompt, re.DOTALL)
+    assert "[2J" not in prompt
+
+
+async def test_ctrl_c_at_the_prompt_ends(
+    serve: Any, answers: Script, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(prompt: str) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.input", interrupted)
+    async with serve(answers) as api:
+        await talk(str(api.client.base_url), None, "", monkeypatch, at_terminal=True)
+        assert not api.engine.requests
+    assert "Ctrl-D ends" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:1", "nonsense", "http://["])
