@@ -58,13 +58,16 @@ _POLL_INTERVAL = 0.05
 def serve(settings: Settings, *, with_engine: bool) -> int:
     """Run until a signal ends it; returns the exit status: 0 after draining, 1 if something failed or was cut short.
 
-    Raises, before any port opens: ``ConfigurationError`` if keys are needed and missing, ``ModelError`` if the
-    model cannot be had or served.
+    Raises, before any port opens: ``ConfigurationError`` if keys are needed and missing, or what is learned cannot be
+    kept; ``ModelError`` if the model cannot be had or served.
     """
     tenants = TenantRegistry.from_settings(settings.auth, settings.limits)
     check_exposure(settings.http.host, settings.auth, tenants)
     warn_of_client_key(tenants)
     files = validated_files(settings.engine) if with_engine else validated_model(settings.engine.model)
+    settings = settings.model_copy(deep=True)
+    if with_engine:
+        learn_where_possible(settings, files)
     max_connections = _allow_many_connections()
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(instance_directory())
@@ -73,9 +76,6 @@ def serve(settings: Settings, *, with_engine: bool) -> int:
             host, _, port = settings.http.metrics_address.rpartition(":")
             listeners.append(stack.enter_context(_listen(host.strip("[]"), int(port))))
         children: list[SupervisedProcess] = []
-        settings = settings.model_copy(deep=True)
-        if with_engine:
-            learn_where_possible(settings, files)
         learns = with_engine and settings.engine.alignment.enabled
         if learns:
             instance = f"{socket.gethostname()}:{listeners[0].getsockname()[1]}" if settings.redis.url else None

@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import httpx
 import structlog
@@ -26,7 +27,7 @@ from engine.models.config import ModelFiles
 from engine.models.verify import DAMAGED_STATUS
 from engine.speculation.draft_files import can_learn
 from server.instance_directory import instance_directory
-from server.settings import Settings
+from server.settings import ConfigurationError, Settings
 from server.supervisor import SupervisedProcess
 
 log = structlog.get_logger(__name__)
@@ -76,13 +77,35 @@ def embedded_valkey(directory: Path) -> SupervisedProcess:
 
 
 def learn_where_possible(settings: Settings, files: ModelFiles) -> None:
-    """Switch alignment off where nobody asked for it and the model's draft, or the machine, does not allow it."""
+    """Switch alignment off where nobody asked for it and the model's draft, or the machine, does not allow it.
+
+    Raises ``ConfigurationError`` where it was asked for, or where to keep what is learned, and that cannot be written.
+    """
     engine, alignment = settings.engine, settings.engine.alignment
-    if not engine.must_learn and alignment.enabled:
+    if not alignment.enabled:
+        return
+    is_asked_for = engine.must_learn or "state_directory" in alignment.model_fields_set
+    if not engine.must_learn:
         room = _free_bytes(shared_memory())
         alignment.enabled = can_learn(engine, files) and room >= _ROOM_TO_LEARN
         if room < _ROOM_TO_LEARN:
             log.warning("the draft does not learn", reason=f"of 512 MiB {shared_memory()} has {room >> 20} free")
+    if alignment.enabled and (problem := _write_problem(alignment.state_directory)):
+        reason = f"engine.alignment.state_directory cannot be written: {problem}"
+        if is_asked_for:
+            raise ConfigurationError(reason)
+        log.warning("the draft does not learn", reason=reason)
+        alignment.enabled = False
+
+
+def _write_problem(directory: Path) -> str | None:
+    """Why nothing can be kept in a directory, which is made if need be; None: it can."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=directory):
+            return None
+    except OSError as error:
+        return str(error)
 
 
 def _free_bytes(directory: Path) -> int:

@@ -11,8 +11,9 @@ from unittest.mock import AsyncMock
 import pytest
 
 from engine.adapters_config import AdaptersConfig
-from server import processes
-from server.settings import Settings
+from engine.models.config import ModelFiles
+from server import launcher, processes
+from server.settings import ConfigurationError, Settings
 
 LOOK_SECONDS = 0.001
 
@@ -61,3 +62,28 @@ async def test_what_another_server_has_learned_comes_in_force_without_traffic(ap
     app.state.serving.adapters.others_have_learned.side_effect = lambda layout: layout == "ours"
     assert await starts(app, tmp_path)
     assert not await starts(app, tmp_path, share_versions=False)
+
+
+UNWRITABLE = Path("/dev/null/state")
+
+
+def test_where_nothing_learned_can_be_kept_no_port_opens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher, "validated_files", lambda config: ModelFiles("tiny", Path("/"), "gguf"))
+    monkeypatch.setattr(launcher, "_listen", lambda host, port: pytest.fail("it listens"))
+    settings = Settings()
+    settings.engine.alignment = AdaptersConfig(enabled=True, state_directory=UNWRITABLE)
+    with pytest.raises(ConfigurationError, match=r"^engine\.alignment\.state_directory cannot be written: .*/dev/null"):
+        launcher.serve(settings, with_engine=True)
+
+
+def test_where_nobody_asked_it_to_learn_and_nothing_can_be_kept_the_draft_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(processes, "can_learn", lambda engine, files: True)
+    monkeypatch.setattr(processes, "_ROOM_TO_LEARN", 0)
+    settings = Settings()
+    settings.engine.alignment = AdaptersConfig()
+    settings.engine.alignment.state_directory = UNWRITABLE
+    settings.engine.alignment.model_fields_set.clear()
+    processes.learn_where_possible(settings, ModelFiles("tiny", Path("/"), "gguf"))
+    assert not settings.engine.alignment.enabled
