@@ -31,6 +31,15 @@ def _check_key(value: str) -> str:
     return value
 
 
+_ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[^\s/?#:@A-Z\[\]]+)(:[0-9]{1,5})?")
+
+
+def _check_origin(value: str) -> str:
+    if not _ORIGIN.fullmatch(value):
+        raise ValueError(f"must be * or as browsers send it, scheme://host[:port] in small letters, not {value!r}")
+    return value
+
+
 class HttpConfig(Section):
     """The API server."""
 
@@ -44,7 +53,7 @@ class HttpConfig(Section):
     strict: bool = False
     """Refuse what is ignored or capped otherwise: fields that cannot change an answer, and max_tokens beyond the
     context."""
-    allowed_origins: tuple[str, ...] = ()
+    allowed_origins: tuple[Annotated[str, AfterValidator(_check_origin)], ...] = ()
     """Origins whose web pages may call the API from a browser, as https://example.org, or * for all; default: none."""
     max_body_bytes: int = Field(default=4 * 1024**2, gt=0)
     """Largest request body in bytes."""

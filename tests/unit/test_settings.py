@@ -72,6 +72,29 @@ def test_errors_are_one_line_and_name_the_option(arguments: list[str], named: st
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "origin",
+    [
+        "*",
+        "https://app.example.org",
+        "http://localhost:3000",
+        "http://[::1]:3000",
+        "chrome-extension://abc",
+        "tauri://a",
+    ],
+)
+def test_origins_of_browsers(origin: str) -> None:
+    assert load_settings(["--allowed-origins", f"{origin},https://b.org"]).http.allowed_origins[0] == origin
+
+
+@pytest.mark.parametrize(
+    "origin", ["https://app.example.org/", "app.example.org", "https://", "https://App.org", "https://a.org/x", "a:1"]
+)
+def test_what_no_browser_sends_as_origin_is_refused(origin: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"http\.allowed_origins.*scheme://host\[:port\]"):
+        load_settings(["--allowed-origins", origin])
+
+
 @pytest.mark.parametrize("text", ["[http]\nprot = 1\n", "[htpp]\nport = 1\n", "[http\n"])
 def test_mistakes_in_the_file_are_errors(tmp_path: Path, text: str) -> None:
     path = tmp_path / "wrong.toml"
