@@ -92,7 +92,10 @@ def fields_of_responses() -> Iterator[None]:
     except ApiError as error:
         if error.param is not None:
             first, *rest = error.param.replace(".function.", ".").split(".")
-            error.param = ".".join([_NAMES.get(first, first), *rest])
+            named = ".".join([_NAMES.get(first, first), *rest])
+            if error.message.startswith(f"{error.param}: "):
+                error.message = named + error.message.removeprefix(error.param)
+            error.param = named
         raise
 
 

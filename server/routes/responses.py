@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 from fastapi import APIRouter, Request
+from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from server.chat_generation import begin_chat
+from server.errors import bad_request
 from server.json_bodies import JsonResponse
 from server.openapi import errors, success
 from server.responses.answer import ResponsesAnswer
@@ -43,9 +46,23 @@ async def create_response(
     return await answer.respond(request.receive)
 
 
-@router.get("/v1/responses/{response_id}", responses=success(ResponseObject) | errors(401, 404, 413, 503))
-async def get_response(response_id: str, tenant: CurrentTenant, serving: CurrentServing) -> Response:
-    """A stored response, as it was answered."""
+async def no_such_path(name: str) -> None:
+    """Other servers have more to ask for than GET and DELETE, such as /v1/responses/input_tokens."""
+    raise HTTPException(404)
+
+
+router.add_api_route(
+    "/v1/responses/{name}", no_such_path, methods=["POST"], route_class_override=APIRoute, include_in_schema=False
+)
+
+
+@router.get("/v1/responses/{response_id}", responses=success(ResponseObject) | errors(400, 401, 404, 413, 503))
+async def get_response(
+    response_id: str, tenant: CurrentTenant, serving: CurrentServing, stream: bool = False
+) -> Response:
+    """A stored response, as it was answered, but never as a stream."""
+    if stream:
+        raise bad_request("stream: a stored response comes whole only, not as a stream of events", "stream")
     async with serving.responses.load(tenant.name, response_id) as stored:
         response = await serving.work.run(tenant.name, len(stored), stored_response, stored, response_id)
         return Response(response, media_type="application/json")

@@ -311,3 +311,23 @@ async def test_what_is_wrong_is_named(tools_api: Serve, tokenizer: Tokenizer, bo
         response = await api.client.post("/v1/responses", json={"model": "tiny", **body})
     assert response.status_code == 400, response.text
     assert response.json()["error"]["param"] == param, json.dumps(response.json())
+
+
+async def test_an_empty_input_is_called_by_its_name(tools_api: Serve, tokenizer: Tokenizer) -> None:
+    async with tools_api(saying("Yes", tokenizer)) as api:
+        error = (await api.client.post("/v1/responses", json={"model": "tiny", "input": []})).json()["error"]
+    assert error["message"].startswith("input: ")
+    assert "messages" not in error["message"]
+
+
+async def test_what_there_is_none_of_beside_a_stored_response(tools_api: Serve, tokenizer: Tokenizer) -> None:
+    async with tools_api(saying("Yes", tokenizer)) as api:
+        stored = (await api.client.post("/v1/responses", json={"model": "tiny", "input": "Hi"})).json()
+        path = f"/v1/responses/{stored['id']}"
+        refused = await api.client.get(path, params={"stream": "true"})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "stream")
+        assert (await api.client.get(path, params={"stream": "false"})).json() == stored
+        for name in ("input_tokens", "compact"):
+            unknown = await api.client.post(f"/v1/responses/{name}", json={"model": "tiny", "input": "Hi"})
+            assert unknown.status_code == 404
+            assert unknown.json()["error"]["message"] == f"Unknown path: /v1/responses/{name}"
