@@ -122,6 +122,10 @@ class TenantRegistry:
                 found = tenant
         return found
 
+    def is_key(self, key: str | None) -> bool:
+        """Whether ``key`` is that of a tenant."""
+        return self.has_keys and self.find(key) is not None
+
     def check_permission(self, tenant: Tenant, path: str) -> None:
         """Raise 403 as ``ApiError`` if ``tenant`` may not use ``path``."""
         is_metrics, is_scraper = path == METRICS_PATH, tenant.name == self._metrics_tenant

@@ -14,7 +14,7 @@ from server.errors import ApiError
 from server.json_bodies import JsonResponse
 from server.openapi import errors, success
 from server.serving import CurrentServing
-from server.tenants import is_admin
+from server.tenants import is_admin, sent_key
 
 
 class Adapter(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,11 +45,14 @@ _bearer = HTTPBearer(auto_error=False, description="Admin key")
 
 
 async def require_admin(request: Request, _: Annotated[Any, Depends(_bearer)]) -> None:
-    """FastAPI dependency: 401 without the admin key, 403 if there is none to have."""
+    """FastAPI dependency: 401 without a key, 403 for a tenant's, or if there is no admin key to have."""
     if request.app.state.settings.auth.admin_key is None:
         raise ApiError(403, "No admin key is configured: see auth.admin_key.")
-    if not is_admin(request):
-        raise ApiError(401, "This needs the admin key: send 'Authorization: Bearer KEY'.", code="invalid_api_key")
+    if is_admin(request):
+        return
+    if request.app.state.tenants.is_key(sent_key(request)):
+        raise ApiError(403, "This needs the admin key (auth.admin_key), not a tenant's.")
+    raise ApiError(401, "This needs the admin key: send 'Authorization: Bearer KEY'.", code="invalid_api_key")
 
 
 router = APIRouter(dependencies=[Depends(require_admin)])

@@ -132,8 +132,15 @@ async def test_nobody_else_may(serve: Any, redis: Redis) -> None:
         for headers in ({}, {"Authorization": "Bearer other"}, {"Authorization": KEY}):
             assert (await api.client.get("/v1/adapters", headers=headers)).status_code == 401
             assert (await api.client.post("/v1/adapters/a/reset", headers=headers)).status_code == 401
+        tenants = {"Authorization": "Bearer tenants"}
+        assert (await api.client.get("/v1/adapters", headers=tenants)).status_code == 401
         assert (await api.client.post("/v1/adapters/a/destroy", headers=ADMIN)).status_code == 400
         assert (await api.client.post(f"/v1/adapters/{'a' * 129}/reset", headers=ADMIN)).status_code == 400
+    async with serve(idle, *OPTIONS, "--auth.keys", f"acme={hash_key('tenants')}") as api:
+        for path, method in (("/v1/adapters", "GET"), ("/v1/adapters/a/reset", "POST")):
+            response = await api.client.request(method, path, headers=tenants)
+            assert (response.status_code, response.json()["error"]["type"]) == (403, "permission_error")
+        assert (await api.client.get("/v1/adapters")).status_code == 401
     async with serve(idle) as api:
         assert (await api.client.get("/v1/adapters", headers=ADMIN)).status_code == 403
         assert samples((await api.client.get("/metrics")).text)["evospec:alignment_enabled", ""] == 0
