@@ -85,7 +85,7 @@ class EngineClient:
     silent for ``timeout`` seconds; then every request in flight ends with ``EngineDead``. The client goes on
     introducing itself and is ``ready`` again once an engine answers whose tokens have the fingerprint ``vocabulary``:
     for any other, this server's token ids would be another text. ``last_message``: when it last sent anything
-    (``time.monotonic``).
+    (``time.monotonic``). ``leaving``: this server ends, so an engine that goes is none that is lost.
 
         client = EngineClient(config, timeout=60, metrics=metrics.engine, vocabulary=tokenizer.fingerprint())
         task = asyncio.create_task(client.run())
@@ -95,7 +95,7 @@ class EngineClient:
 
     def __init__(self, config: EngineConfig, timeout: float, metrics: EngineMetrics, vocabulary: str) -> None:
         self.info: EngineReady | None = None
-        self.ready = False
+        self.ready = self.leaving = False
         self._address = config.address
         self._max_in_flight = config.scheduler.max_waiting + config.scheduler.max_num_seqs
         self._timeout = timeout
@@ -135,6 +135,7 @@ class EngineClient:
         finally:
             loop.remove_reader(self._socket.fileno())
             loop.remove_reader(self._monitor.fileno())
+            self.leaving = True
             self._lose_engine("The server is shutting down.")
             self._socket.disable_monitor()
             self._monitor.close()
@@ -283,7 +284,7 @@ class EngineClient:
             inbox.fail(error)
 
     def _lose_engine(self, reason: str) -> None:
-        if self.ready:
+        if self.ready and (self._inboxes or not self.leaving):
             report = log.error if self._inboxes else log.info
             report("engine lost", reason=reason, in_flight=len(self._inboxes))
         self.ready = False

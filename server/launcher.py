@@ -224,6 +224,7 @@ class _Launcher:
         unfinished = self._api.num_running_requests
         if unfinished:
             self._app.state.serving.engine.end_requests(shutting_down())
+        self._app.state.serving.engine.leaving = True
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
         await asyncio.gather(*(child.stop(0 if at_once else _STOP_GRACE) for child in self._children))

@@ -192,6 +192,7 @@ def test_sigterm_lets_a_stream_finish_and_takes_nothing_new(launch_server: Launc
     assert server.process.wait(timeout=30) == 0
     assert not is_running(engine)
     assert not is_running(valkey)
+    assert "engine lost" not in [event["event"] for event in server.events()]
 
 
 def test_sigterm_waits_neither_for_bodies_that_do_not_come_nor_for_idle_connections(
@@ -233,6 +234,7 @@ def test_drain_ends_at_its_time_limit_with_a_clear_error(
     if command == "api":
         os.kill(engine, signal.SIGCONT)
     assert server.process.wait(timeout=30) == 0
+    assert "engine lost" not in [event["event"] for event in server.events()]
 
 
 def test_requests_are_taken_until_load_balancers_know(
