@@ -25,7 +25,7 @@ from server.errors import install_error_handlers
 from server.metrics import Metrics
 from server.middleware import RequestMiddleware
 from server.openapi import install_openapi
-from server.rate_limit import RateLimiter
+from server.rate_limit import LIMIT_HEADERS, RateLimiter
 from server.redis_gate import RedisGate
 from server.responses.store import ResponseStore
 from server.routes import about, adapters, chat, completions, embeddings, messages, page, responses, sessions, tokens
@@ -80,7 +80,7 @@ def create_app(settings: Settings) -> FastAPI:
             allow_origins=origins,
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
-            expose_headers=["X-Request-Id", "X-Ignored-Fields", "Retry-After"],
+            expose_headers=["X-Request-Id", "X-Ignored-Fields", "Retry-After", *LIMIT_HEADERS],
         )
     app.add_middleware(RequestMiddleware, metrics=serving.metrics, tracing=tracing)
     return app

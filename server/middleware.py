@@ -32,11 +32,17 @@ _SESSION = "/v1/sessions/"
 
 
 _figures: ContextVar[dict[str, object]] = ContextVar("figures")
+_headers: ContextVar[dict[str, str]] = ContextVar("headers")
 
 
 def log_figures() -> dict[str, object]:
     """What else the log line of the current request will say: to be written to, in whatever task of the request."""
     return _figures.get({})
+
+
+def more_headers() -> dict[str, str]:
+    """What else the headers of the current request's response will be: to be written to, in any task of the request."""
+    return _headers.get({})
 
 
 class RequestMiddleware:
@@ -63,6 +69,8 @@ class RequestMiddleware:
         started = time.monotonic()
         figures: dict[str, object] = {}
         _figures.set(figures)
+        further: dict[str, str] = {}
+        _headers.set(further)
         status = 0
 
         async def send_with_id(message: Message) -> None:
@@ -71,6 +79,7 @@ class RequestMiddleware:
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-Id"] = headers["Request-Id"] = request_id  # OpenAI's name for it, and Anthropic's
+                headers.update(further)
             await send(message)
 
         try:

@@ -6,13 +6,14 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 from prometheus_client import Counter
 
 from server.errors import ApiError, bad_request
+from server.middleware import more_headers
 from server.redis_gate import RedisGate, RedisUnavailable
 from server.shielded import ShieldedTasks
 from server.tenants import Tenant
@@ -23,6 +24,10 @@ for _limit in ("requests", "tokens"):
 
 Limit = Literal["requests", "tokens"]
 _MINUTE = 60.0
+LIMIT_HEADERS = [
+    f"x-ratelimit-{what}-{of}" for of in ("requests", "tokens") for what in ("limit", "remaining", "reset")
+]
+"""OpenAI's, by which clients pace themselves."""
 
 
 @dataclass(frozen=True)
@@ -54,23 +59,29 @@ class TokenBuckets:
         levels: dict[tuple[str, Limit], tuple[float, float]] = {}
         lacking: Limit | None = None
         wait = 0.0
-        wanted: list[tuple[Limit, int | None, int]] = [
-            ("requests", tenant.requests_per_minute, requests),
-            ("tokens", tenant.tokens_per_minute, tokens),
-        ]
-        for limit, capacity, cost in wanted:
-            if capacity is None:
-                continue
-            bucket = (tenant.name, limit)
-            level, since = self._levels.get(bucket, (capacity, now))
-            level = min(capacity, level + (now - since) * capacity / _MINUTE)
-            level = min(capacity, level - cost)
+        for limit, capacity in _capacities(tenant).items():
+            cost = requests if limit == "requests" else tokens
+            level = min(capacity, self._level(tenant, limit, capacity, now) - cost)
             if cost > 0 and level < 0 and -level * _MINUTE / capacity > wait:
                 lacking, wait = limit, -level * _MINUTE / capacity
-            levels[bucket] = (level, now)
+            levels[tenant.name, limit] = (level, now)
         if lacking is None:
             self._levels |= levels
         return lacking, math.ceil(wait * 1000) / 1000
+
+    def left(self, tenant: Tenant) -> dict[Limit, float]:
+        """What the tenant's buckets hold."""
+        now = self._clock()
+        return {limit: self._level(tenant, limit, size, now) for limit, size in _capacities(tenant).items()}
+
+    def _level(self, tenant: Tenant, limit: Limit, capacity: int, now: float) -> float:
+        level, since = self._levels.get((tenant.name, limit), (capacity, now))
+        return min(capacity, level + (now - since) * capacity / _MINUTE)
+
+
+def _capacities(tenant: Tenant) -> dict[Limit, int]:
+    sizes: dict[Limit, int | None] = {"requests": tenant.requests_per_minute, "tokens": tenant.tokens_per_minute}
+    return {limit: size for limit, size in sizes.items() if size is not None}
 
 
 class RateLimiter:
@@ -96,7 +107,8 @@ class RateLimiter:
     # ARGV[3] - requests to take
     # ARGV[4] - tokens to take; negative: give back
     #
-    # return {bucket that lacks (0: none, all taken; 1: requests; 2: tokens), milliseconds until it has enough}
+    # return {bucket that lacks (0: none, all taken; 1: requests; 2: tokens), milliseconds until it has enough,
+    #         requests left if that is or were taken, tokens left, the same}
     LUA_TAKE_SCRIPT = """
         local time = redis.call('TIME')
         local now = tonumber(time[1]) * 1000000 + tonumber(time[2])
@@ -118,8 +130,9 @@ class RateLimiter:
                 end
             end
         end
+        local left = {math.floor(levels[1] or 0), math.floor(levels[2] or 0)}
         if lacking > 0 then
-            return {lacking, wait}
+            return {lacking, wait, left[1], left[2]}
         end
         for i = 1, 2 do
             if levels[i] then
@@ -128,7 +141,7 @@ class RateLimiter:
                 redis.call('PEXPIRE', KEYS[i], 120000)
             end
         end
-        return {0, 0}
+        return {0, 0, left[1], left[2]}
     """
 
     def __init__(
@@ -160,6 +173,7 @@ class RateLimiter:
                 "max_tokens",
             )
         lacking, wait = self._buckets.take(tenant, requests, tokens)
+        _tell_left(tenant, self._buckets.left(tenant))
         if lacking is not None:
             raise _refusal(tenant, lacking, wait)
         admission = self._tasks.start(self._admit_in_redis(tenant, tokens, requests))
@@ -210,9 +224,26 @@ class RateLimiter:
         """The same as ``TokenBuckets.take``; raises ``RedisUnavailable``."""
         keys = [f"evospec:limit:{{{tenant.name}}}:{bucket}" for bucket in ("requests", "tokens")]
         arguments = [tenant.requests_per_minute or 0, tenant.tokens_per_minute or 0, requests, tokens]
-        lacking, wait_ms = cast(list[Any], await self._gate.run(self._take_script(keys, arguments)))
+        lacking, wait_ms, *left = cast(list[Any], await self._gate.run(self._take_script(keys, arguments)))
+        untaken = (requests, tokens) if lacking else (0, 0)
+        _tell_left(tenant, {"requests": int(left[0]) + untaken[0], "tokens": int(left[1]) + untaken[1]})
         limits: tuple[Limit | None, ...] = (None, "requests", "tokens")
         return limits[int(lacking)], int(wait_ms) / 1000
+
+
+def _tell_left(tenant: Tenant, left: Mapping[Limit, float]) -> None:
+    """Have the response's headers tell what is left, the least that any bucket held in the course of the request.
+
+    ``reset`` is the time until the bucket is full.
+    """
+    headers = more_headers()
+    for limit, capacity in _capacities(tenant).items():
+        remaining = f"x-ratelimit-remaining-{limit}"
+        least = min(max(0, math.floor(left[limit])), int(headers.get(remaining, capacity)))
+        minutes, seconds = divmod(math.ceil((capacity - least) * _MINUTE / capacity), 60)
+        headers[f"x-ratelimit-limit-{limit}"] = str(capacity)
+        headers[remaining] = str(least)
+        headers[f"x-ratelimit-reset-{limit}"] = f"{minutes}m{seconds}s" if minutes else f"{seconds}s"
 
 
 def _refusal(tenant: Tenant, limit: Limit, wait: float) -> ApiError:

@@ -8,11 +8,13 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from engine.messages import EngineOutput, EngineRequest
 from engine.models.config import ModelFiles
 from engine.text.tokenizer import Tokenizer
+from server.rate_limit import TokenBuckets
 from server.tenants import hash_key
 from tests.integration.running_api import Api, running_api
 from tests.tiny_models import VOCAB_SIZE
@@ -51,6 +53,44 @@ async def test_bodies_that_are_wrong_count_against_the_limit(serve_tenant: Serve
         no_json = await api.client.post("/tokenize", content=b"{")
         right = await api.post(PATHS[0])
     assert [answer.status_code for answer in [*wrong, no_json, right]] == [400, 400, 400, 429]
+
+
+def limits_told(response: httpx.Response, limit: str) -> list[str | None]:
+    """What a response tells of the tenant's limit, what is left of it, and when it is whole again."""
+    return [response.headers.get(f"x-ratelimit-{what}-{limit}") for what in ("limit", "remaining", "reset")]
+
+
+@pytest.mark.parametrize("redis", [[], ["--redis.url", "unix:///nowhere/valkey.sock"]])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_responses_tell_what_is_left_of_the_limits(
+    serve_tenant: ServeTenant, redis: list[str], stream: bool
+) -> None:
+    options = ["--limits.requests_per_minute", "2", "--limits.tokens_per_minute", "60000", *redis]
+    async with serve_tenant(*options) as api:
+        first, second, refused = [await api.post(PATHS[0], max_tokens=10, stream=stream) for _ in range(3)]
+    assert [response.status_code for response in (first, second, refused)] == [200, 200, 429]
+    assert limits_told(first, "requests") == ["2", "1", "30s"]
+    assert limits_told(second, "requests") == ["2", "0", "1m0s"]
+    assert limits_told(refused, "requests")[:2] == ["2", "0"]
+    size, left, reset = limits_told(first, "tokens")
+    assert size == "60000"
+    assert 60000 - 64 <= int(left or 0) <= 60000 - 10
+    assert reset == "1s"
+
+
+async def test_a_limit_that_is_not_set_is_not_told(serve_tenant: ServeTenant) -> None:
+    async with serve_tenant("--limits.tokens_per_minute", "600") as api:
+        response = await api.post(PATHS[0], max_tokens=10)
+    assert limits_told(response, "requests") == [None] * 3
+    assert limits_told(response, "tokens")[0] == "600"
+
+
+async def test_what_is_left_is_what_all_servers_have_left_together(serve_tenant: ServeTenant) -> None:
+    async with serve_tenant("--limits.requests_per_minute", "2") as api:
+        await api.post(PATHS[0])
+        api.app.state.serving.rate_limiter._buckets = TokenBuckets()  # as those of another server
+        response = await api.post(PATHS[0])
+    assert limits_told(response, "requests")[1] == "0"
 
 
 @pytest.mark.parametrize("learn", [True, False])
