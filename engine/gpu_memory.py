@@ -10,6 +10,7 @@ from typing import NamedTuple
 from engine.config import EngineConfig
 from engine.models.config import ModelSpec
 from engine.prompt_chunks import MOST_PROMPT_ROWS
+from kernels.int4 import PIECE
 
 GRAPH_SIZES: tuple[int, ...] = (1, 2, 4, *range(8, 64, 8), *range(64, 257, 32))
 """Tokens of a step's CUDA graphs. Larger steps keep a GPU busy without one."""
@@ -23,6 +24,8 @@ _CUBLAS_WORKSPACE = 32 * 2**20
 """Of each stream on which matrices are multiplied; as on Hopper, where it is largest."""
 _STREAMS = 5
 """The usual one, and for each of the two recorders of graphs one to warm up and one to capture on."""
+_EXPANDED_BYTES = 2 * PIECE
+"""What of a matrix of 4 bits is expanded at once, on each of them."""
 _DRAFTED_BYTES = 4 * 2**20
 """Of the longest chains of most sequences: their tokens, and with a prior what those are chosen from."""
 _GRAPH_NODE_BYTES, _NODES_A_LAYER = 2048, 60
@@ -91,7 +94,7 @@ def _workspace_bytes(spec: ModelSpec, drafted: int) -> int:
     plain, attention = 2 + len(GRAPH_SIZES), ATTENTION_WORKSPACE * (2 if drafted else 1)
     of_draft = plain + len(CHAIN_SIZES) * (drafted - 1) if drafted else 0
     wrappers = len(set(spec.windows)) * plain + of_draft
-    return attention + wrappers * _PLAN_WORKSPACE + _STREAMS * _CUBLAS_WORKSPACE
+    return attention + wrappers * _PLAN_WORKSPACE + _STREAMS * (_CUBLAS_WORKSPACE + _EXPANDED_BYTES)
 
 
 def _graph_bytes(spec: ModelSpec, max_blocks: int, drafted: int) -> int:

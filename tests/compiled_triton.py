@@ -24,6 +24,7 @@ from kernels.triton import (
     draft_head,
     fp8,
     gumbel_argmax,
+    int4,
     kept_thresholds,
     logits_edits,
     session_prior,
@@ -32,10 +33,10 @@ from kernels.triton import (
 )
 
 FIRST_WITH_FP8 = 89
-WIDTHS = {"width", "num_inputs", "num_outputs", "x_stride", "out_stride"}
+WIDTHS = {"width", "num_inputs", "num_outputs", "x_stride", "out_stride", "num_blocks"}
 """Arguments that are multiples of 16 where models are, which a launch tells the compiler, as that pointers are."""
 Configuration = tuple[Any, dict[str, str], dict[str, Any]]
-"""A kernel, the types of its arguments, and its constants."""
+"""A kernel, the types of its arguments, and its constants, among them maybe ``num_warps``."""
 
 
 def configurations(generation: int) -> Iterator[Configuration]:
@@ -73,6 +74,11 @@ def configurations(generation: int) -> Iterator[Configuration]:
     if generation >= FIRST_WITH_FP8:
         of_rows = {"x": "*bf16", "codes": "*fp8e4nv", "scales": "*fp32", "largest": "fp32", "smallest": "fp32"}
         yield fp8._quantize_kernel, numbers | of_rows | {"size": "i32"}, {"BLOCK": 2048}
+    blocks = numbers | {"x": "*bf16", "codes": "*u8", "scales": "*i32", "out": "*bf16"}
+    blocks |= {"num_tokens": "i32", "num_blocks": "i32"}
+    for height in (64, 32):
+        yield int4._int4_kernel, blocks, {"TOKENS": 32, "ROWS": height, "BLOCKS": 8, "num_warps": 8}
+    yield int4._expand_kernel, blocks, {"BLOCKS": 256}
     yield from _of_priors(numbers | scores | {"hidden": "*bf16", "head": "*bf16"})
 
 
@@ -128,13 +134,14 @@ def main() -> None:
         if which == "each":
             chosen = list({kernel.__name__: (kernel, *rest) for kernel, *rest in reversed(chosen)}.values())
         for kernel, types, constants in chosen:
-            names = kernel.arg_names
+            names, options = kernel.arg_names, {"num_warps": constants.get("num_warps", 4)}
+            constants = {name: value for name, value in constants.items() if name in names}
             signature = {name: "constexpr" if name in constants else types[name] for name in names}
             places = {(names.index(name),): value for name, value in constants.items()}
             aligned = (place for place, name in enumerate(names) if signature[name][0] == "*" or name in WIDTHS)
             attributes = {(place,): [["tt.divisibility", 16]] for place in aligned}
             source = ASTSource(fn=kernel, signature=signature, constexprs=places, attrs=attributes)
-            compiled = triton.compile(source, target=GPUTarget("cuda", generation, 32))
+            compiled = triton.compile(source, target=GPUTarget("cuda", generation, 32), options=options)
             num_ahead = compiled.asm["ptx"].count("cp.async.cg")
             print(generation, kernel.__name__, len(compiled.asm["cubin"]), num_ahead, flush=True)
 

@@ -39,6 +39,8 @@ class Job(msgspec.Struct):
     adapters: bool = False
     family: str | None = None
     """One of ``tests.tiny_families``; None: plain Llama."""
+    way: str | None = None
+    """How it is quantised, one of ``tests.quantized_models``."""
     check: Literal["nothing", "outputs", "drafts"] = "nothing"
     """What a CPU computes, too: the same without drafts, or with them."""
 
@@ -70,12 +72,13 @@ def run(directory: Path, job: Job, batch: int) -> Ran:
     """An engine with so many sequences."""
     from engine.core import EngineCore
     from engine.models.registry import validate_model_files
+    from tests.quantized_models import WAYS
     from tests.tiny_families import FAMILIES
     from tests.tiny_models import make_directory
 
     size: dict[str, Any] = {"hidden_size": 256, "head_dim": 64, "max_position_embeddings": 512}
     make = make_directory if job.family is None else FAMILIES[job.family].make
-    files = make(directory / "target", **size)
+    files = make(directory / "target", **size) if job.way is None else WAYS[job.way].make(directory)[0]
     spec = validate_model_files(files)
     expected = None
     if job.check != "nothing":
@@ -193,7 +196,7 @@ def install() -> None:
     from engine import gpu, loader
     from engine.attention import flashinfer
 
-    flashinfer._DTYPES = (torch.float32, torch.bfloat16)
+    flashinfer._DTYPES = loader._INT4_DTYPES = (torch.float32, torch.bfloat16)
     loader.choose_device = lambda runtime: CUDA if runtime.device == "cuda" else torch.device("cpu")
     gpu.why_not_flashinfer = lambda: None  # type: ignore[assignment]
 

@@ -13,6 +13,7 @@ from kernels.batched_lora import batched_lora
 from kernels.between_products import add_normed, gated, prepare_heads, rms_norm
 from kernels.gumbel_argmax import _mix32_, signed
 from kernels.heads import HeadNorms, Heads, Rotation
+from kernels.int4 import dequantized, int4_product
 from kernels.kept_thresholds import Limits, kept_thresholds, unpack_bits
 from tests.reference.text_matches import TextMatches
 
@@ -111,6 +112,14 @@ def _heads_kernel(product: Any, stride: int, positions: Any, cos_sin: Any, *rest
 
 def _gate_kernel(product: Any, out: Any, *numbers: Any, ACTIVATION: str, **sizes: int) -> None:
     out.copy_(gated(product, ACTIVATION))
+
+
+def _int4_kernel(x: Any, codes: Any, scales: Any, out: Any, *numbers: int, **sizes: int) -> None:
+    out.copy_(int4_product(x, codes, scales.view(torch.float16)))
+
+
+def _expand_kernel(codes: Any, scales: Any, out: Any, *numbers: int, **sizes: int) -> None:
+    out.copy_(dequantized(codes, scales.view(torch.float16), out.dtype))
 
 
 def _edit_kernel(
@@ -216,4 +225,5 @@ KERNELS = {
     **{one.__name__: one for one in (_core_kernel, _tail_kernel, _best_kernel, _gumbel_argmax_kernel)},
     **{one.__name__: one for one in (_thresholds_kernel, _lora_kernel, _repeats_kernel, _prior_kernel)},
     **{one.__name__: one for one in (_edit_kernel, _mask_kernel, _norm_kernel, _heads_kernel, _gate_kernel)},
+    **{one.__name__: one for one in (_int4_kernel, _expand_kernel)},
 }

@@ -178,14 +178,16 @@ def load_model(
     max_model_len: int | None = None,
     ranks: Ranks | None = None,
     multiplies_fp8: bool = False,
+    multiplies_int4: bool = False,
 ) -> TorchDecoder:
     """Dequantise matrices to ``dtype`` on ``device``, and norms to float32.
 
     ``max_model_len`` is the number of positions the rotary tables cover (default: the model's limit). With ``ranks``
     the weights are this rank's share of them. With ``multiplies_fp8``, which wants bfloat16, matrices of FP8 that have
-    a scale a row, or one for all, stay as they are.
+    a scale a row, or one for all, stay as they are. With ``multiplies_int4`` those of Q4_0 and Q4_1, or of what Q4_1
+    holds, do, where a rank has whole blocks of them.
     """
-    weights = WeightReader(source, spec.tensor_shapes(), dtype, device, ranks, multiplies_fp8)
+    weights = WeightReader(source, spec.tensor_shapes(), dtype, device, ranks, multiplies_fp8, multiplies_int4)
     spec = spec if ranks is None else spec.share(ranks.size)
     rotary = rotary_tables(spec.layers, max_model_len or spec.max_position_embeddings, device)
     embed_tokens = weights.rows("model.embed_tokens.weight")

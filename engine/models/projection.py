@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.fp8 import fp8_product
+from kernels.int4 import int4_product
 
 
 class Projection(Protocol):
@@ -40,4 +41,19 @@ class Fp8Linear:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         product = fp8_product(x, self.weight, self.scales)
+        return product if self.bias is None else product + self.bias
+
+
+@dataclass(frozen=True)
+class Int4Linear:
+    """The weights of a checkpoint in 4 bits as they are."""
+
+    codes: torch.Tensor
+    """[n, k / 2] uint8, as ``int4_product`` has them"""
+    scales: torch.Tensor
+    """[n, k / 32, 2] float16, and minima"""
+    bias: torch.Tensor | None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        product = int4_product(x, self.codes, self.scales)
         return product if self.bias is None else product + self.bias

@@ -100,6 +100,18 @@ def test_outputs_are_a_cpus(device: Device, job: Job) -> None:
         assert waits <= MOST_WAITS + 1  # what is logged of the step
 
 
+@pytest.mark.parametrize("batch", [3, 21])
+def test_outputs_of_4_bits_are_a_cpus(batch: int, device: Device) -> None:
+    """Which expands them when it loads. Prompts of few tokens, or of more than are multiplied as they are."""
+    job = Job([batch], kinds=KINDS, way="gptq", check="outputs", max_tokens=8, longest_prompt=7 if batch == 3 else 40)
+    [ran] = device.run(job)
+    assert ran.expected is not None
+    assert ran.outputs == ran.expected.outputs
+    launched = {line.partition(" ")[2] for step in ran.steps for line in step.launches}
+    assert launched >= {"_int4_kernel"}
+    assert ("_expand_kernel" in launched) == (batch == 21)
+
+
 def test_priors_are_a_cpus(device: Device) -> None:
     """They propose the same tokens, and learn the same from what became of them."""
     [ran] = device.run(Job([3], kinds=("greedy", "plain", "truncated"), check="drafts", max_tokens=40))

@@ -18,6 +18,7 @@ from engine.models.registry import validate_model_files
 from engine.models.weights import open_weights
 from engine.tensor_parallel.ranks import Ranks
 from kernels.fp8 import quantize_rows
+from tests.kept_weights import LoneRank, projections
 from tests.native_models import random_tokens
 from tests.quantized_models import WAYS
 from tests.reference_logits import CPU, logits_of
@@ -25,24 +26,9 @@ from tests.reference_logits import CPU, logits_of
 BY_ROW = ("fp8", "fp8, a list of one scale", "compressed-tensors, fp8")
 
 
-class LoneRank(Ranks):
-    """One of two, without the other."""
-
-    def __init__(self, rank: int) -> None:
-        self.rank, self.size = rank, 2
-
-
 def load(files: ModelFiles, multiplies_fp8: bool, ranks: Ranks | None = None) -> TorchDecoder:
     spec = validate_model_files(files)
     return load_model(open_weights(files), spec, torch.bfloat16, CPU, ranks=ranks, multiplies_fp8=multiplies_fp8)
-
-
-def projections(model: TorchDecoder) -> list[Projection]:
-    found: list[Projection] = []
-    for layer in model.layers:
-        assert isinstance(layer.mlp, Mlp)
-        found += layer.qkv_proj, layer.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj
-    return found
 
 
 def values(projection: Projection) -> torch.Tensor:

@@ -15,9 +15,9 @@ GENERATIONS = ("80", "90", "100")
 KERNELS = {
     *("_gumbel_argmax_kernel", "_thresholds_kernel", "_core_kernel", "_tail_kernel", "_lora_kernel"),
     *("_repeats_kernel", "_prior_kernel", "_edit_kernel", "_mask_kernel", "_best_kernel"),
-    *("_norm_kernel", "_heads_kernel", "_gate_kernel"),
+    *("_norm_kernel", "_heads_kernel", "_gate_kernel", "_int4_kernel", "_expand_kernel"),
 }
-READ_AHEAD = {"_core_kernel", "_tail_kernel", "_lora_kernel"}
+READ_AHEAD = {"_core_kernel", "_tail_kernel", "_lora_kernel", "_int4_kernel"}
 """Those that read a matrix piece by piece: while they add up one piece, the next ones are on their way."""
 pytest.importorskip("triton")
 
