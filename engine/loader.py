@@ -131,11 +131,9 @@ def load(
         return LoadedModel(decoder, spec, max_model_len, dtype, device, backend, make_attention, team, digits)
     # Which experts a step needs is only known while it is computed; and ranks are told on the CPU what to compute.
     has_graphs = backend == "flashinfer" and config.runtime.cuda_graphs and spec.experts is None and ranks is None
-    model = load_model(
-        *(source, spec, dtype, device, max_model_len, ranks),
-        multiplies_fp8=_multiplies(_FIRST_WITH_FP8, (torch.bfloat16,), dtype, device),
-        multiplies_int4=_multiplies(_FIRST_WITH_INT4, _INT4_DTYPES, dtype, device),
-    )
+    has_fp8 = _multiplies(_FIRST_WITH_FP8, (torch.bfloat16,), dtype, device)
+    has_int4 = _multiplies(_FIRST_WITH_INT4, _INT4_DTYPES, dtype, device)
+    model = load_model(source, spec, dtype, device, max_model_len, ranks, has_fp8, has_int4)
     attention = flashinfer.FlashInferAttention if backend == "flashinfer" else TorchPagedAttention
     num_ranks = 1 if ranks is None else ranks.size
     return LoadedModel(

@@ -58,10 +58,11 @@ class ModelRunner:
 
         A GPU's kernels are compiled when they are first used, for up to minutes: for no request, so.
         """
-        for count in (1, min(GRAPH_SIZES[-1] + 1, self.num_blocks * self._block_size)):
-            request = Request("compile kernels", b"", "", SamplingParams(max_tokens=1, seed=0), [1] * count)
-            blocks = array("i", range(-(-count // self._block_size)))
-            self.execute([ScheduledSequence(request, 0, [1] * count, 0, 0, 1, blocks)])
+        sampling, length = SamplingParams(max_tokens=1, seed=0), 32  # which no model is too short for
+        blocks = array("i", range(-(-length // self._block_size)))
+        for count, number in ((1, 1), (length, GRAPH_SIZES[-1] // length + 1)):
+            requests = [Request(f"compile kernels {index}", b"", "", sampling, [1] * count) for index in range(number)]
+            self.execute([ScheduledSequence(one, 0, one.prompt_token_ids, 0, 0, 1, blocks) for one in requests])
 
     def execute(
         self, sequences: Sequence[ScheduledSequence], capture: Sequence[int] = ()
