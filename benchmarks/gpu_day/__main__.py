@@ -26,7 +26,7 @@ def calls(emulated: bool) -> dict[str, tuple[int, tuple[str, ...]]]:
     """Seconds and command of each call, those first without which the others are worth little."""
     emulation = ("tests.emulate",) if emulated else ()
     steps = (_PYTHON, "-m", *emulation, "benchmarks.gpu_day.steps", "--shape", "tiny" if emulated else "8b")
-    names = "gumbel_triton", "thresholds_triton", "between_products_triton", "draft_head"
+    names = "gumbel_triton", "thresholds_triton", "between_products_triton", "draft_head", "int4"
     kernels = [f"tests/unit/test_{name}.py" for name in names]
     return {
         "card": (60, ("nvidia-smi",)),

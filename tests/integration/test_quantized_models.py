@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from gguf.quants import dequantize
@@ -21,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from engine.messages import SamplingParams
 from engine.models.config import ModelError
+from engine.models.quantization.base import Array, read_once
 from engine.models.quantization.known import quantization_of
 from engine.models.registry import validate_model_files
 from engine.models.weights import ALL, open_weights
@@ -163,3 +167,19 @@ def test_whatever_a_configuration_says_is_read_or_refused(data: st.DataObject) -
     with contextlib.suppress(ModelError):
         quantization = quantization_of({"quantization_config": config})
         assert quantization is None or quantization.parts(64, 128)
+
+
+def test_threads_that_pack_a_matrix_read_it_once() -> None:
+    """Else each has the whole matrix in memory at the same time."""
+    reads: list[int] = []
+
+    def read() -> Array:
+        reads.append(1)
+        time.sleep(0.05)
+        return np.zeros(3)
+
+    of_first = read_once(read)
+    with ThreadPoolExecutor(4) as pool:
+        arrays = list(pool.map(lambda _: of_first(), range(4)))
+    assert len(reads) == 1
+    assert all(array is arrays[0] for array in arrays)

@@ -8,7 +8,6 @@ Source: ``from_linear`` in https://github.com/casper-hansen/AutoAWQ, awq/modules
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 
@@ -22,6 +21,7 @@ from engine.models.quantization.base import (
     QuantizedMatrix,
     Read,
     num_words,
+    read_once,
     supported,
 )
 
@@ -51,7 +51,7 @@ class Awq(Quantization):
         }
 
     def matrix(self, read: Read, n: int, k: int) -> QuantizedMatrix:
-        words = cache(lambda: read("qweight"))
+        words = read_once(lambda: read("qweight"))
         return QuantizedMatrix(
             codes=lambda rows: _rows(words(), rows),
             bits=4,

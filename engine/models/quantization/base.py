@@ -5,6 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Container
 from dataclasses import dataclass
+from functools import cache
+from threading import Lock
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -149,6 +151,17 @@ def checked_groups(groups: Array, count: int) -> Array:
     if groups.min() < 0 or groups.max() >= count:
         raise ModelError(f"a column is in group {groups.max()} of {count}")
     return groups
+
+
+def read_once(read: Callable[[], Array]) -> Callable[[], Array]:
+    """What ``read`` gives, from the first call on. Threads pack a matrix together: others wait for the first."""
+    lock, kept = Lock(), cache(read)
+
+    def of_first() -> Array:
+        with lock:
+            return kept()
+
+    return of_first
 
 
 def supported(key: str, value: _Value, allowed: tuple[_Value, ...]) -> _Value:

@@ -10,7 +10,6 @@ borrow going through the whole word; in the format ``gptq_v2`` they are stored a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 from engine.models.config_keys import ConfigKeys
 from engine.models.quantization.base import (
@@ -22,6 +21,7 @@ from engine.models.quantization.base import (
     Read,
     checked_groups,
     num_words,
+    read_once,
     supported,
     unpacked,
 )
@@ -57,7 +57,7 @@ class Gptq(Quantization):
         }
 
     def matrix(self, read: Read, n: int, k: int) -> QuantizedMatrix:
-        words, scales, zeros = cache(lambda: read("qweight")), read("scales").T, read("qzeros")
+        words, scales, zeros = read_once(lambda: read("qweight")), read("scales").T, read("qzeros")
         if self.has_zeros_less_one:
             zeros = zeros + _A_ONE_IN_EACH[self.bits]
         return QuantizedMatrix(
