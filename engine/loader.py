@@ -28,8 +28,8 @@ from kernels.head_rows import TailMemory
 
 log = structlog.get_logger(__name__)
 
-_FIRST_WITH_INT4, _FIRST_WITH_FP8 = (8, 0), (8, 9)
-"""Compute capabilities, Ampere's, whose products are of bfloat16, and Ada's"""
+_FIRST_WITH_FP8 = (8, 9)
+"""Compute capability, Ada's"""
 _INT4_DTYPES: tuple[torch.dtype, ...] = (torch.bfloat16,)
 """Of activations that matrices of 4 bits are multiplied with as they are"""
 
@@ -131,9 +131,10 @@ def load(
         return LoadedModel(decoder, spec, max_model_len, dtype, device, backend, make_attention, team, digits)
     # Which experts a step needs is only known while it is computed; and ranks are told on the CPU what to compute.
     has_graphs = backend == "flashinfer" and config.runtime.cuda_graphs and spec.experts is None and ranks is None
-    has_fp8 = _multiplies(_FIRST_WITH_FP8, (torch.bfloat16,), dtype, device)
-    has_int4 = _multiplies(_FIRST_WITH_INT4, _INT4_DTYPES, dtype, device)
-    model = load_model(source, spec, dtype, device, max_model_len, ranks, has_fp8, has_int4)
+    has_int4 = device.type == "cuda" and dtype in _INT4_DTYPES
+    model = load_model(
+        source, spec, dtype, device, max_model_len, ranks, _multiplies_fp8(dtype, device), multiplies_int4=has_int4
+    )
     attention = flashinfer.FlashInferAttention if backend == "flashinfer" else TorchPagedAttention
     num_ranks = 1 if ranks is None else ranks.size
     return LoadedModel(
@@ -174,11 +175,11 @@ def _backend(config: EngineConfig, spec: ModelSpec, device: torch.device) -> Bac
     return "torch"
 
 
-def _multiplies(
-    first: tuple[int, int], dtypes: tuple[torch.dtype, ...], dtype: torch.dtype, device: torch.device
-) -> bool:
-    """Whether this is a GPU of that capability or a later one, and activations are of one of the types."""
-    return device.type == "cuda" and dtype in dtypes and torch.cuda.get_device_capability(device) >= first
+def _multiplies_fp8(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether torch has products of FP8, with a scale for each row of both sides, for this device."""
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return False
+    return torch.cuda.get_device_capability(device) >= _FIRST_WITH_FP8
 
 
 def _why_not_flashinfer(config: EngineConfig, spec: ModelSpec, device: torch.device) -> str | None:

@@ -8,7 +8,6 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import NoReturn
 
 import msgspec
 import structlog
@@ -134,33 +133,26 @@ def main() -> None:
     configure_logging_from_environment()
     config = EngineConfig.model_validate_json(os.environ[CONFIG_VARIABLE])
     try:
-        process = _load(config)
+        _load_and_serve(config)
+    except torch.OutOfMemoryError as error:
+        advice = "end other processes on the GPU, or lower cache.memory_fraction or scheduler.max_batched_tokens"
+        log.error("the GPU's memory is used up", reason=str(error).partition("\n")[0], advice=advice)
+        sys.exit(1)
+
+
+def _load_and_serve(config: EngineConfig) -> None:
+    try:
+        if config.alignment.is_on:
+            claim_directory(config.alignment.shared_directory)
+        files = resolve_model(config.model, progress=False)
+        core = EngineCore(config, files, validate_model_files(files))
+        core.start_grammars()
+        sums = _sums(config, files, core.introduction.max_model_len) if config.model.verify else {}
+        gc.freeze()  # what there is now stays: collections need not look at it, least of all between two tokens
     except (ModelError, SharedMemoryError) as error:
         log.error("the model cannot be served", reason=str(error))
         sys.exit(1)
-    except torch.OutOfMemoryError as error:
-        _end_without_memory(error)
-    try:
-        process.run()
-    except torch.OutOfMemoryError as error:
-        _end_without_memory(error)
-
-
-def _load(config: EngineConfig) -> EngineProcess:
-    if config.alignment.is_on:
-        claim_directory(config.alignment.shared_directory)
-    files = resolve_model(config.model, progress=False)
-    core = EngineCore(config, files, validate_model_files(files))
-    core.start_grammars()
-    sums = _sums(config, files, core.introduction.max_model_len) if config.model.verify else {}
-    gc.freeze()  # what there is now stays: collections need not look at it, least of all between two tokens
-    return EngineProcess(config.address, core, FileCheck(sums))
-
-
-def _end_without_memory(error: torch.OutOfMemoryError) -> NoReturn:
-    advice = "end other processes on the GPU, or lower cache.memory_fraction or scheduler.max_batched_tokens"
-    log.error("the GPU's memory is used up", reason=str(error).partition("\n")[0], advice=advice)
-    sys.exit(1)
+    EngineProcess(config.address, core, FileCheck(sums)).run()
 
 
 if __name__ == "__main__":
