@@ -49,8 +49,11 @@ class CausalLM(Protocol):
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Rows of the embedding: [T] int32 → [T, hidden]."""
 
-    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[L, hidden] → [L, vocab] float32, maybe valid until the next call only."""
+    def compute_logits(self, hidden: torch.Tensor, only_largest: bool = False) -> torch.Tensor:
+        """[L, hidden] → [L, vocab] float32, maybe valid until the next call only.
+
+        ``only_largest``: of each row only the largest has to be right; the others may be estimates that are smaller.
+        """
 
     def head_slab(self, token_ids: torch.Tensor | None) -> HeadSlab:
         """``compute_logits`` for these tokens [K] int64 only; None for all of them, with nothing copied."""

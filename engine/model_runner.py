@@ -19,8 +19,10 @@ from engine.messages import SamplingParams
 from engine.models.config import ModelError
 from engine.prompt_embeddings import collect_embeddings
 from engine.request import Request
+from engine.sampling.choose import takes_largest_logit
 from engine.step_graphs import StepGraphs
 from engine.step_plan import ScheduledSequence
+from kernels.screened_head import MOST_ROWS
 
 _CPU = torch.device("cpu")
 
@@ -70,8 +72,9 @@ class ModelRunner:
         """Compute the scheduled tokens and write their KV.
 
         Returns:
-            Logits [L, vocab] float32: for each sequence in order, the last ``num_logits`` of its rows. And the
-            features of all tokens, if layers are captured.
+            Logits [L, vocab] float32: for each sequence in order, the last ``num_logits`` of its rows. Where nobody
+            wants others, only each row's largest has to be right. And the features of all tokens, if layers are
+            captured.
         """
         if self._graphs is not None:
             output, batch = self._graphs.forward(lay_out(sequences, self._block_size), capture)
@@ -83,7 +86,10 @@ class ModelRunner:
         wanted = batch.logits_indices
         rows = output.hidden if wanted.shape[0] == output.hidden.shape[0] else output.hidden[wanted]
         features = None if output.features is None else Features(output.features, batch.slot_mapping)
-        return self._model.compute_logits(rows), features
+        only_largest = len(rows) <= MOST_ROWS and all(
+            takes_largest_logit(sequence.request.sampling) for sequence in sequences if sequence.num_logits
+        )
+        return self._model.compute_logits(rows, only_largest), features
 
 
 class BatchSequence(Protocol):

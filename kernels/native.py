@@ -97,6 +97,12 @@ def packed_format(ggml_type: int) -> int:
     return BF16_FORMAT if packed < 0 else packed
 
 
+def matrix_bytes(n: int, k: int, packed_format: int) -> int:
+    """Memory of a packed matrix [n, k]."""
+    num_blocks = -(-n // _GROUP_PAIR) * _GROUP_PAIR // 16 * (k // 32)
+    return int(num_blocks * load_library().evo_block_bytes(packed_format))
+
+
 @dataclass(frozen=True)
 class MatrixPart:
     """Rows of a weight matrix, and ``row_map`` [rows]: where each goes in the packed one.
@@ -133,10 +139,9 @@ class PackedMatrix:
         if len(formats) != 1 or k % 32:
             raise ValueError(f"cannot pack: formats {formats}, k = {k}")
         self.n, self.k, self.format = n, k, formats.pop()
-        padded = -(-n // _GROUP_PAIR) * _GROUP_PAIR
-        self.num_bytes = padded // 16 * (k // 32) * load_library().evo_block_bytes(self.format)
+        self.num_bytes = matrix_bytes(n, k, self.format)
         self._memory = huge_zeros(self.num_bytes)
-        self._bias = None if bias is None else torch.nn.functional.pad(bias.float(), (0, padded - n))
+        self._bias = None if bias is None else torch.nn.functional.pad(bias.float(), (0, -n % _GROUP_PAIR))
         self._pack(parts)
         self.struct = MatrixStruct(self.format, n, k, digits, self._memory.data_ptr(), address(self._bias))
 
@@ -185,14 +190,14 @@ def linear(team: Team, weight: PackedMatrix, x: torch.Tensor, out: torch.Tensor 
     out = torch.empty(count, weight.n) if out is None else out
     if count == 0:  # AMX would fault: it has no tiles of no rows
         return out
-    padded = _padded(weight, x)  # named: a copy must outlive the call
+    padded = padded_rows(weight, x)  # named: a copy must outlive the call
     load_library().evo_linear(team.handle, ctypes.byref(weight.struct), address(padded), count, address(out))
     return out
 
 
 def linear_to_rows(team: Team, weight: PackedMatrix, x: torch.Tensor, rows: torch.Tensor, out: torch.Tensor) -> None:
     """Write ``linear`` of x [T, k] bf16 to ``rows`` [T] int32 of out [any, n] bf16."""
-    padded = _padded(weight, x)
+    padded = padded_rows(weight, x)
     arguments = address(padded), x.shape[0], address(rows), address(out)
     load_library().evo_linear_to_rows(team.handle, ctypes.byref(weight.struct), *arguments)
 
@@ -208,7 +213,7 @@ def norm_features(team: Team, features: torch.Tensor, weight: torch.Tensor, eps:
     return out
 
 
-def _padded(weight: PackedMatrix, x: torch.Tensor) -> torch.Tensor:
+def padded_rows(weight: PackedMatrix, x: torch.Tensor) -> torch.Tensor:
     """Contiguous, and as many rows as the kernel reads: whole tiles, where there are tiles."""
     if weight.format == BF16_FORMAT:
         x = torch.nn.functional.pad(x, (0, 0, 0, -len(x) % 16))

@@ -137,7 +137,7 @@ class StubTarget:
         return torch.zeros(len(token_ids), HIDDEN)
 
     @stub
-    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def compute_logits(self, hidden: torch.Tensor, only_largest: bool = False) -> torch.Tensor:
         """Of the right shape, in memory that nobody touches but for the first column, and that is used again."""
         if len(hidden) > len(self._logits):
             self._logits = torch.empty(2 * len(hidden), self._logits.shape[1])

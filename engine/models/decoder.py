@@ -144,7 +144,7 @@ class TorchDecoder:
         return rows if self.spec.embedding_scale == 1 else rows * self.spec.embedding_scale
 
     @torch.inference_mode()
-    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def compute_logits(self, hidden: torch.Tensor, only_largest: bool = False) -> torch.Tensor:
         logits = F.linear(hidden, self.lm_head).float()
         if self.ranks is None:
             return logits

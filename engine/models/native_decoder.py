@@ -20,6 +20,7 @@ from engine.models.weights import WeightSource
 from kernels.native import BF16_FORMAT, MatrixPart, PackedMatrix, Team, linear, packed_format
 from kernels.native_decoder import Decoder, LayerWeights, PassOutputs, unpack_rows
 from kernels.native_experts import MixtureWeights
+from kernels.screened_head import ScreenedHead, is_worth_it
 
 
 def unsupported_sizes(*sizes: tuple[str, int]) -> str | None:
@@ -77,6 +78,7 @@ class NativeDecoder:
         self._pack = pack = _Packer(source, spec, digits)
         self.embedding = pack.matrix("model.embed_tokens.weight")
         self.head = self.embedding if spec.tie_word_embeddings else pack.matrix("lm_head.weight")
+        self._screened = ScreenedHead(team, self.head) if is_worth_it(self.head) else None
         self._logits = torch.empty(0, spec.vocab_size)
         self._first_logits: dict[int, torch.Tensor] = {}
         """The first rows of these, by their number."""
@@ -91,6 +93,7 @@ class NativeDecoder:
         matrices = [matrix for layer in layers for matrix in layer.matrices]
         tied = self.head is self.embedding
         self.weight_bytes = sum(m.num_bytes for m in (*matrices, self.head, *(() if tied else (self.embedding,))))
+        self.weight_bytes += 0 if self._screened is None else self._screened.num_bytes
 
     def forward(self, batch: ForwardBatch, attention: AttentionBackend, capture: Sequence[int] = ()) -> ForwardOutput:
         """Hidden states and features are bf16."""
@@ -104,7 +107,7 @@ class NativeDecoder:
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         return self._decoder.embed(self.embedding, token_ids)
 
-    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def compute_logits(self, hidden: torch.Tensor, only_largest: bool = False) -> torch.Tensor:
         # The memory is used again: fresh pages for megabytes of logits cost more than the product itself. So are its
         # views: to make one takes 20 microseconds after a pass over the weights
         # (docs/decisions/008-one-call-for-a-chain.md).
@@ -114,7 +117,10 @@ class NativeDecoder:
             self._first_logits.clear()
         if count not in self._first_logits:
             self._first_logits[count] = self._logits[:count]
-        return linear(self._team, self.head, hidden, self._first_logits[count])
+        out = self._first_logits[count]
+        if only_largest and self._screened is not None:
+            return self._screened.logits(hidden, out)
+        return linear(self._team, self.head, hidden, out)
 
     def head_slab(self, token_ids: torch.Tensor | None) -> HeadSlab:
         if token_ids is None:

@@ -27,6 +27,22 @@ def is_greedy(params: SamplingParams) -> bool:
     return params.temperature < _MIN_TEMPERATURE
 
 
+def edits_logits(params: SamplingParams) -> bool:
+    """Whether anything of them changes logits before a token is chosen."""
+    return bool(params.grammar or has_penalties(params) or params.logit_bias or params.min_tokens)
+
+
+def has_penalties(params: SamplingParams) -> bool:
+    """Whether the tokens so far change logits."""
+    return (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (1.0, 0.0, 0.0)
+
+
+def takes_largest_logit(params: SamplingParams) -> bool:
+    """Whether the largest logit is taken as it is, and nobody asks for others."""
+    wants_others = params.logprobs is not None or params.prompt_logprobs is not None
+    return is_greedy(params) and not wants_others and not edits_logits(params)
+
+
 def all_greedy(params: Sequence[SamplingParams]) -> bool:
     """Whether every row takes its largest logit."""
     return max([one.temperature for one in params], default=0.0) < _MIN_TEMPERATURE
@@ -75,8 +91,7 @@ class SamplingState:
 
     def __init__(self, params: SamplingParams, prompt_token_ids: list[int]) -> None:
         self.penalties = params.repetition_penalty, params.presence_penalty, params.frequency_penalty
-        self.has_penalties = self.penalties != (1.0, 0.0, 0.0)
-        self.edits_logits = bool(params.grammar or self.has_penalties or params.logit_bias or params.min_tokens)
+        self.has_penalties, self.edits_logits = has_penalties(params), edits_logits(params)
         self.bias: tuple[IdArray, FloatArray] | None = None
         if biases := params.logit_bias:
             self.bias = np.fromiter(biases, np.int64), np.fromiter(biases.values(), np.float32)

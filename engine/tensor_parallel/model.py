@@ -119,7 +119,7 @@ class ShardedModel:
         rows: torch.Tensor = self.call("model.embed", token_ids.to(self._device))
         return rows
 
-    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def compute_logits(self, hidden: torch.Tensor, only_largest: bool = False) -> torch.Tensor:
         if not len(hidden):  # a step of unfinished prompts
             return torch.empty(0, self._shard.model.spec.vocab_size, device=hidden.device)
         logits: torch.Tensor = self.call("model.compute_logits", hidden)

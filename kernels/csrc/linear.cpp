@@ -236,4 +236,21 @@ void linear(Team& team, const Linear& op) {
   if (tile_rows > 0 || rest.rows > 0) release_tiles();
 }
 
+void linear_pair(const Linear& op, int row, int pair) {
+  const Linear one = op.behind(row).first(1);
+  const ReadAhead ahead{op.weight->pair(pair + 1), nullptr};
+  if (num_direct_rows(one) == 0) {
+    configure_tiles(1);
+    tile_pair(one, pair, 0, 1, ahead);
+    return release_tiles();
+  }
+  const auto multiply = [&](auto& rows) {
+    rows.begin(1, one.weight->k, nullptr);
+    rows.set(one.x, 0, 1);
+    direct_pair(one, rows, pair, 0, 1, 0, ahead);
+  };
+  if (has_one_digit(*one.weight)) return multiply(scratch().direct_one_digit);
+  multiply(scratch().direct);
+}
+
 }  // namespace evospec

@@ -41,4 +41,7 @@ struct Linear {
 // Inside Team::run, by all threads; ends without a barrier.
 void linear(Team& team, const Linear& op);
 
+// What it makes of one row and the 32 columns of a pair of groups, by the calling thread alone.
+void linear_pair(const Linear& op, int row, int pair);
+
 }  // namespace evospec
