@@ -24,7 +24,7 @@ def head_of(weights: torch.Tensor, is_quantised: bool, bias: torch.Tensor | None
     if is_quantised:
         kind = GGMLQuantizationType.Q8_0
         part = MatrixPart(rows, int(kind), blocks=gguf.quants.quantize(weights.numpy(), kind))
-    return PackedMatrix(*weights.shape, [part], bias, digits)
+    return PackedMatrix(*weights.shape, parts=[part], bias=bias, digits=digits)
 
 
 def near_ties() -> torch.Tensor:
@@ -46,7 +46,7 @@ def test_the_largest_logit_is_the_heads_own_to_the_bit(
     screened = ScreenedHead(team, head)
     hidden = torch.randn(96, HIDDEN).bfloat16()
     hidden[:, 7] *= 40  # as hidden states of real models have it
-    for rows in hidden.split([1, 2, 5, 8, 16, 64]):
+    for rows in torch.split(hidden, [1, 2, 5, 8, 16, 64]):
         expected = linear(team, head, rows)
         logits = screened.logits(rows, torch.full_like(expected, torch.nan))
         assert torch.equal(logits.argmax(dim=1), expected.argmax(dim=1))
