@@ -19,12 +19,12 @@ VOCAB, HIDDEN = 5000, 256
 
 
 def head_of(weights: torch.Tensor, is_quantised: bool, bias: torch.Tensor | None, digits: int) -> PackedMatrix:
-    rows = np.arange(len(weights))
+    (vocab, hidden), rows = weights.shape, np.arange(len(weights))
     part = MatrixPart(rows, values=weights)
     if is_quantised:
         kind = GGMLQuantizationType.Q8_0
         part = MatrixPart(rows, int(kind), blocks=gguf.quants.quantize(weights.numpy(), kind))
-    return PackedMatrix(*weights.shape, parts=[part], bias=bias, digits=digits)
+    return PackedMatrix(vocab, hidden, [part], bias, digits)
 
 
 def near_ties() -> torch.Tensor:
