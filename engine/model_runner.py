@@ -86,7 +86,7 @@ class ModelRunner:
         wanted = batch.logits_indices
         rows = output.hidden if wanted.shape[0] == output.hidden.shape[0] else output.hidden[wanted]
         features = None if output.features is None else Features(output.features, batch.slot_mapping)
-        only_largest = len(rows) <= MOST_ROWS and all(
+        only_largest = 0 < len(rows) <= MOST_ROWS and all(
             takes_largest_logit(sequence.request.sampling) for sequence in sequences if sequence.num_logits
         )
         return self._model.compute_logits(rows, only_largest), features
