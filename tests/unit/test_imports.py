@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from unittest.mock import patch
 
@@ -45,6 +46,12 @@ def test_packages_import_only_what_they_stand_on(package: str) -> None:
     for path in files:
         forbidden = set(imported_packages(path)) & set(ALLOWED) - ALLOWED[package]
         assert not forbidden, f"{path.relative_to(ROOT)} imports {forbidden}"
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_no_other_distribution_has_a_package_of_this_name(package: str) -> None:
+    """Else ``import kernels`` may find the other's, as PyPI's ``kernels``, which transformers 5.25 installs."""
+    assert set(packages_distributions()[package]) == {"evospec"}
 
 
 def test_no_files_import_each_other_in_a_circle() -> None:
