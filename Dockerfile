@@ -30,7 +30,8 @@ COPY engine engine
 COPY server server
 COPY adapters adapters
 COPY drafts drafts
-RUN python -m kernels.build --all && pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
+COPY evospec evospec
+RUN python -m evospec.kernels.build --all && pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
 
 FROM ${BASE}
 # Process 1: it takes signals from the first moment on, and ends what nobody else waits for.
@@ -44,7 +45,7 @@ ENV PATH=/opt/evospec/bin:$PATH \
 # Without a compiler the build of the kernels only warns, and the server would fall back to plain torch: not in an image.
 # Whether they are installed, the sources' hash in them says: pip gives each file the time of its unpacking.
 RUN --mount=type=bind,from=builder,source=/wheels,target=/wheels pip install --no-cache-dir --no-deps /wheels/*.whl \
-    && python -c "from kernels.targets import PLAIN, TARGETS; assert all(target.is_of_these_sources for target in (*TARGETS, PLAIN))"
+    && python -c "from evospec.kernels.targets import PLAIN, TARGETS; assert all(target.is_of_these_sources for target in (*TARGETS, PLAIN))"
 USER 10001
 WORKDIR /var/lib/evospec
 VOLUME /var/lib/evospec

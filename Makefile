@@ -63,7 +63,7 @@ $(VENV)/.installed: $(VENV)/.created pyproject.toml
 # Where there is no C++ compiler, the ziglang package brings one.
 $(VENV)/.kernels: $(VENV)/.installed $(KERNEL_SOURCES)
 	@command -v $${CXX:-g++} >/dev/null || command -v clang++ >/dev/null || $(PIP) install --quiet ziglang
-	@$(BIN)/python -m kernels.build
+	@$(BIN)/python -m evospec.kernels.build
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.installed

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from adapters.target_parts import TargetParts
-from engine.models.eagle3 import Additions, Eagle3
+from evospec.adapters.target_parts import TargetParts
+from evospec.engine.models.eagle3 import Additions, Eagle3
 
 _ROWS = 32
 """Rows of products come in multiples of it."""

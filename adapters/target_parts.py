@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from engine.config import MAX_SPECULATIVE_TOKENS, ModelConfig
-from engine.models.config import ModelFiles, ModelSpec
-from engine.models.decoder import RotaryEmbedding
-from engine.models.weight_reader import WeightReader
-from engine.models.weights import WeightSource, open_weights
-from kernels.between_products import rms_norm
-from kernels.native import has_fast_bf16
+from evospec.engine.config import MAX_SPECULATIVE_TOKENS, ModelConfig
+from evospec.engine.models.config import ModelFiles, ModelSpec
+from evospec.engine.models.decoder import RotaryEmbedding
+from evospec.engine.models.weight_reader import WeightReader
+from evospec.engine.models.weights import WeightSource, open_weights
+from evospec.kernels.between_products import rms_norm
+from evospec.kernels.native import has_fast_bf16
 
 
 @dataclass(frozen=True)

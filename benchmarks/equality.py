@@ -22,8 +22,8 @@ from benchmarks.common.in_process import Engine
 from benchmarks.common.machine import write_record
 from benchmarks.prompts.build import Prompt
 from benchmarks.prompts.sets import mixed_prompts
-from engine.config import MAX_SPECULATIVE_TOKENS
-from engine.messages import SamplingParams
+from evospec.engine.config import MAX_SPECULATIVE_TOKENS
+from evospec.engine.messages import SamplingParams
 
 ALONE, TOGETHER = 1, 8
 

@@ -28,12 +28,12 @@ from benchmarks.common.in_process import MAX_MODEL_LEN, Engine
 from benchmarks.common.machine import write_record
 from benchmarks.prompts.build import Prompt
 from benchmarks.prompts.sets import mixed_prompts
-from engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig, SpeculationConfig
-from engine.messages import Grammar, SamplingParams
-from engine.models.eagle3 import Eagle3, save_draft
-from engine.models.eagle3_config import Eagle3Config
-from engine.models.registry import resolve_model, validate_model_files
-from engine.speculation.drafters.head import COUNTS_FILE
+from evospec.engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig, SpeculationConfig
+from evospec.engine.messages import Grammar, SamplingParams
+from evospec.engine.models.eagle3 import Eagle3, save_draft
+from evospec.engine.models.eagle3_config import Eagle3Config
+from evospec.engine.models.registry import resolve_model, validate_model_files
+from evospec.engine.speculation.drafters.head import COUNTS_FILE
 
 BATCH = 8
 FEW_BLOCKS = 48

@@ -31,9 +31,9 @@ from benchmarks.common.environment import environment
 from benchmarks.common.learning_server import LearningServer, serving, verification_length
 from benchmarks.common.machine import RESULTS
 from benchmarks.prompts.sets import read_prompts
-from engine.config import ModelConfig
-from engine.models.registry import resolve_model
-from engine.speculation.draft_files import shipped_draft
+from evospec.engine.config import ModelConfig
+from evospec.engine.models.registry import resolve_model
+from evospec.engine.speculation.draft_files import shipped_draft
 
 _MODEL = "smollm2-perturbed"
 _NOISE = 0.03

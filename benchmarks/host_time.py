@@ -34,10 +34,17 @@ from benchmarks.common.environment import environment
 from benchmarks.common.machine import REPOSITORY, write_record
 from benchmarks.common.stubbed_engine import Texts, make_engine
 from benchmarks.common.stubbed_networks import StubTime
-from engine.config import CacheConfig, DynamicConfig, EngineConfig, ModelConfig, SchedulerConfig, SpeculationConfig
-from engine.messages import EngineRequest, SamplingParams
-from engine.models.registry import resolve_model
-from engine.text.tokenizer import Tokenizer
+from evospec.engine.config import (
+    CacheConfig,
+    DynamicConfig,
+    EngineConfig,
+    ModelConfig,
+    SchedulerConfig,
+    SpeculationConfig,
+)
+from evospec.engine.messages import EngineRequest, SamplingParams
+from evospec.engine.models.registry import resolve_model
+from evospec.engine.text.tokenizer import Tokenizer
 
 PROMPT_TOKENS = 128
 WARMUP_STEPS, PROFILED_STEPS, ROUND = 20, 40, 10

@@ -31,7 +31,7 @@ from benchmarks.common.environment import environment
 from benchmarks.common.learning_server import LearningServer, serving, verification_length
 from benchmarks.common.machine import RESULTS
 from benchmarks.prompts.sets import DATA, HUMANEVAL, evaluation_files, read_prompts, read_sets
-from server.tenants import hash_key, new_key
+from evospec.server.tenants import hash_key, new_key
 
 LEARNING, FIXED = "learning", "fixed"
 PROGRAM, BASELINE = "benchmarks.common.experiments", "benchmarks.distillation.full_parameters"

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from server.bench.stream import StreamResult, stream
+from evospec.server.bench.stream import StreamResult, stream
 
 STREAMS = 8
 QUIET_SECONDS = 3.0

@@ -30,11 +30,11 @@ from benchmarks.common.machine import write_record
 from benchmarks.prompts.build import read_eval
 from benchmarks.prompts.sets import evaluation_files, read_sets
 from benchmarks.serve.peers import LlamaCpp, gguf_path
-from engine.config import CacheConfig, EngineConfig, SpeculationConfig
-from engine.messages import SamplingParams
-from engine.model_runner import ModelRunner
-from engine.request import Request
-from engine.step_plan import ScheduledSequence
+from evospec.engine.config import CacheConfig, EngineConfig, SpeculationConfig
+from evospec.engine.messages import SamplingParams
+from evospec.engine.model_runner import ModelRunner
+from evospec.engine.request import Request
+from evospec.engine.step_plan import ScheduledSequence
 
 CHUNK = 512
 FIRST = CHUNK // 2

@@ -19,9 +19,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common.in_process import Engine, Turn, engine_config, take_turns
-from engine.config import SpeculationConfig
-from engine.messages import SamplingParams
-from engine.models.config import ModelFiles
+from evospec.engine.config import SpeculationConfig
+from evospec.engine.messages import SamplingParams
+from evospec.engine.models.config import ModelFiles
 from tests.quantized_models import WAYS, Way
 from tests.tiny_models import make_directory, make_gguf
 

@@ -20,10 +20,10 @@ from gguf import GGMLQuantizationType
 from benchmarks.common.process import Launch, running
 from benchmarks.prompts.build import read_eval
 from benchmarks.serve.peers import PEERS, SIDES, gguf_path
-from engine.models.families.known import spec_from_config
-from engine.models.gguf_file import GGUFFile
-from engine.models.gguf_spec import gguf_tensor_names
-from server.bench.load import LoadOptions, run_load
+from evospec.engine.models.families.known import spec_from_config
+from evospec.engine.models.gguf_file import GGUFFile
+from evospec.engine.models.gguf_spec import gguf_tensor_names
+from evospec.server.bench.load import LoadOptions, run_load
 from tests.tiny_models import add_shape
 
 CONFIG: dict[str, Any] = {

@@ -21,8 +21,8 @@ from benchmarks.common.environment import environment
 from benchmarks.common.in_process import Engine, Turn
 from benchmarks.common.machine import write_record
 from benchmarks.prompts.build import read_eval
-from engine.config import EngineConfig, ModelConfig, SchedulerConfig, SpeculationConfig
-from engine.messages import Grammar, SamplingParams, StepTimings
+from evospec.engine.config import EngineConfig, ModelConfig, SchedulerConfig, SpeculationConfig
+from evospec.engine.messages import Grammar, SamplingParams, StepTimings
 
 PROMPT_TOKENS = 48
 PENALTIES = {"repetition_penalty": 1.1, "presence_penalty": 0.3, "frequency_penalty": 0.2}

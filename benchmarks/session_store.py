@@ -32,14 +32,14 @@ from benchmarks.fleet.valkeys import running_cluster
 from benchmarks.prompts.sets import DOMAINS, short_prompts
 from benchmarks.vocabulary.modes import sizes_of
 from benchmarks.vocabulary.sessions import Ask, answers, make_sides
-from engine.messages import EngineReady
-from server.bench.load import percentiles
-from server.metrics import Metrics
-from server.options import RedisConfig, SessionsConfig
-from server.redis_gate import RedisGate
-from server.session_ids import new_session_id, session_key
-from server.session_store import SessionStore
-from server.work_shares import WorkShares
+from evospec.engine.messages import EngineReady
+from evospec.server.bench.load import percentiles
+from evospec.server.metrics import Metrics
+from evospec.server.options import RedisConfig, SessionsConfig
+from evospec.server.redis_gate import RedisGate
+from evospec.server.session_ids import new_session_id, session_key
+from evospec.server.session_store import SessionStore
+from evospec.server.work_shares import WorkShares
 
 TENANT = "benchmark"
 MAX_TOKENS = 64

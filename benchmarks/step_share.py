@@ -24,22 +24,22 @@ from benchmarks.common.environment import environment
 from benchmarks.common.in_process import MAX_MODEL_LEN
 from benchmarks.common.machine import write_record
 from benchmarks.prompts.sets import mixed_prompts
-from engine.config import CacheConfig, EngineConfig, ModelConfig
-from engine.loader import LoadedModel, load
-from engine.messages import SamplingParams
-from engine.model_runner import ModelRunner
-from engine.models import eagle3
-from engine.models.config import ModelFiles
-from engine.models.registry import resolve_model, validate_model_files
-from engine.request import Request
-from engine.sampling.choose import choose_tokens
-from engine.speculation.draft_files import DRAFTS
-from engine.speculation.drafters.base import Draft
-from engine.speculation.drafters.draft_model import DraftModel
-from engine.speculation.drafters.eagle import EagleDraft
-from engine.speculation.drafters.head import DraftHead
-from engine.step_plan import DraftSlot, ScheduledSequence
-from engine.text.tokenizer import Tokenizer
+from evospec.engine.config import CacheConfig, EngineConfig, ModelConfig
+from evospec.engine.loader import LoadedModel, load
+from evospec.engine.messages import SamplingParams
+from evospec.engine.model_runner import ModelRunner
+from evospec.engine.models import eagle3
+from evospec.engine.models.config import ModelFiles
+from evospec.engine.models.registry import resolve_model, validate_model_files
+from evospec.engine.request import Request
+from evospec.engine.sampling.choose import choose_tokens
+from evospec.engine.speculation.draft_files import DRAFTS
+from evospec.engine.speculation.drafters.base import Draft
+from evospec.engine.speculation.drafters.draft_model import DraftModel
+from evospec.engine.speculation.drafters.eagle import EagleDraft
+from evospec.engine.speculation.drafters.head import DraftHead
+from evospec.engine.step_plan import DraftSlot, ScheduledSequence
+from evospec.engine.text.tokenizer import Tokenizer
 
 ROWS = (0, 32768, 8192, 2048)
 """0: all."""

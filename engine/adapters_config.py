@@ -12,9 +12,9 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from engine.online.adapter_control import KeyScope
-from engine.options import Section
-from engine.redis_clients import check_url
+from evospec.engine.online.adapter_control import KeyScope
+from evospec.engine.options import Section
+from evospec.engine.redis_clients import check_url
 
 RedisUrl = Annotated[str, AfterValidator(check_url)]
 

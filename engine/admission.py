@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Iterator, Sequence
 
-from engine.fair_queue import FairQueue
-from engine.kv_cache_manager import KVCacheManager
-from engine.request import Request
+from evospec.engine.fair_queue import FairQueue
+from evospec.engine.kv_cache_manager import KVCacheManager
+from evospec.engine.request import Request
 
 MOST_CACHED_TOKENS = 65536
 """Tokens from the prefix cache with which a step admits no more requests: to look for them takes time, too."""

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import DTypeLike, NDArray
 
-from kernels.upload import upload
+from evospec.kernels.upload import upload
 
 
 class ForwardBatch(msgspec.Struct, frozen=True):

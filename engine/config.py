@@ -11,10 +11,10 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from engine import gpu
-from engine.adapters_config import AdaptersConfig
-from engine.models.config import ModelError, ModelSpec
-from engine.options import Section
+from evospec.engine import gpu
+from evospec.engine.adapters_config import AdaptersConfig
+from evospec.engine.models.config import ModelError, ModelSpec
+from evospec.engine.options import Section
 
 CONFIG_VARIABLE = "EVOSPEC_ENGINE_CONFIG"
 """Environment variable in which the engine process finds its ``EngineConfig``, as JSON."""

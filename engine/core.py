@@ -10,30 +10,30 @@ import structlog
 import torch
 from msgspec.structs import replace
 
-from engine.config import EngineConfig
-from engine.gpu_memory import gpu_reserve
-from engine.loader import LoadedModel
-from engine.messages import EngineOutput, EngineReady, EngineRequest, EngineStats, ErrorKind, StepTimings
-from engine.model_runner import ModelRunner
-from engine.models.config import ModelFiles, ModelSpec
-from engine.prompt_embeddings import take_embedding
-from engine.request import Arrivals, Request, engine_request_id
-from engine.sampling.constrained import ConstrainedRequests
-from engine.sampling.gpu_choices import GpuChoices
-from engine.sampling.grammar_pool import GrammarPool
-from engine.sampling.sampler import SampledSequence
-from engine.scheduler import QueueFull, RequestTooLong, Scheduler
-from engine.speculation.build import load_draft, make_speculator
-from engine.speculation.drafters.base import Draft
-from engine.speculation.drafters.lookup import are_predicted
-from engine.speculation.length.costs import StepCosts
-from engine.speculation.speculator import Speculator
-from engine.step_plan import SchedulerOutput, StepClock
-from engine.tensor_parallel.processes import load_target
-from engine.text.tokenizer import Tokenizer
-from engine.truncation import Truncation
-from engine.verification import Verification
-from engine.verifier import Verifier
+from evospec.engine.config import EngineConfig
+from evospec.engine.gpu_memory import gpu_reserve
+from evospec.engine.loader import LoadedModel
+from evospec.engine.messages import EngineOutput, EngineReady, EngineRequest, EngineStats, ErrorKind, StepTimings
+from evospec.engine.model_runner import ModelRunner
+from evospec.engine.models.config import ModelFiles, ModelSpec
+from evospec.engine.prompt_embeddings import take_embedding
+from evospec.engine.request import Arrivals, Request, engine_request_id
+from evospec.engine.sampling.constrained import ConstrainedRequests
+from evospec.engine.sampling.gpu_choices import GpuChoices
+from evospec.engine.sampling.grammar_pool import GrammarPool
+from evospec.engine.sampling.sampler import SampledSequence
+from evospec.engine.scheduler import QueueFull, RequestTooLong, Scheduler
+from evospec.engine.speculation.build import load_draft, make_speculator
+from evospec.engine.speculation.drafters.base import Draft
+from evospec.engine.speculation.drafters.lookup import are_predicted
+from evospec.engine.speculation.length.costs import StepCosts
+from evospec.engine.speculation.speculator import Speculator
+from evospec.engine.step_plan import SchedulerOutput, StepClock
+from evospec.engine.tensor_parallel.processes import load_target
+from evospec.engine.text.tokenizer import Tokenizer
+from evospec.engine.truncation import Truncation
+from evospec.engine.verification import Verification
+from evospec.engine.verifier import Verifier
 
 log = structlog.get_logger(__name__)
 

@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from engine.speculation.length.policy import Chain, Copy, Draftable
+from evospec.engine.speculation.length.policy import Chain, Copy, Draftable
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from engine.draft_vocab.snapshot import SessionSnapshot
-    from engine.messages import SessionState
-    from engine.online.verify_record import UnwrittenSteps
+    from evospec.engine.draft_vocab.snapshot import SessionSnapshot
+    from evospec.engine.messages import SessionState
+    from evospec.engine.online.verify_record import UnwrittenSteps
 
 NONE = -1
 """No slot."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection
 
-from engine.request import Request
+from evospec.engine.request import Request
 
 
 def equal_share(size: int, tenants: Collection[str], newcomer: str) -> int:

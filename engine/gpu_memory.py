@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from engine.config import EngineConfig
-from engine.models.config import ModelSpec
-from engine.prompt_chunks import MOST_PROMPT_ROWS
-from kernels.int4 import PIECE
+from evospec.engine.config import EngineConfig
+from evospec.engine.models.config import ModelSpec
+from evospec.engine.prompt_chunks import MOST_PROMPT_ROWS
+from evospec.kernels.int4 import PIECE
 
 GRAPH_SIZES: tuple[int, ...] = (1, 2, 4, *range(8, 64, 8), *range(64, 257, 32))
 """Tokens of a step's CUDA graphs. Larger steps keep a GPU busy without one."""

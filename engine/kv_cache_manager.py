@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Sequence
 from hashlib import blake2b
 
-from engine.block_pool import BlockPool
-from engine.request import Request
+from evospec.engine.block_pool import BlockPool
+from evospec.engine.request import Request
 
 DIGEST_BYTES = 16
 

@@ -10,21 +10,21 @@ from typing import Literal, Protocol
 import structlog
 import torch
 
-from engine import gpu
-from engine.attention import flashinfer
-from engine.attention.base import AttentionBackend, AttentionSpec
-from engine.attention.native_cpu import NativeAttention
-from engine.attention.torch_paged import TorchPagedAttention
-from engine.batch import ForwardBatch, ForwardOutput
-from engine.config import EngineConfig, RuntimeConfig
-from engine.machine import available_cores
-from engine.models.config import ModelError, ModelFiles, ModelSpec
-from engine.models.decoder import HeadSlab, load_model
-from engine.models.native_decoder import NativeDecoder, unsupported_shape
-from engine.models.weights import open_weights
-from engine.tensor_parallel.ranks import Ranks
-from kernels import native
-from kernels.head_rows import TailMemory
+from evospec.engine import gpu
+from evospec.engine.attention import flashinfer
+from evospec.engine.attention.base import AttentionBackend, AttentionSpec
+from evospec.engine.attention.native_cpu import NativeAttention
+from evospec.engine.attention.torch_paged import TorchPagedAttention
+from evospec.engine.batch import ForwardBatch, ForwardOutput
+from evospec.engine.config import EngineConfig, RuntimeConfig
+from evospec.engine.machine import available_cores
+from evospec.engine.models.config import ModelError, ModelFiles, ModelSpec
+from evospec.engine.models.decoder import HeadSlab, load_model
+from evospec.engine.models.native_decoder import NativeDecoder, unsupported_shape
+from evospec.engine.models.weights import open_weights
+from evospec.engine.tensor_parallel.ranks import Ranks
+from evospec.kernels import native
+from evospec.kernels.head_rows import TailMemory
 
 log = structlog.get_logger(__name__)
 

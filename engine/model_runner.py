@@ -9,20 +9,20 @@ from typing import Protocol
 
 import torch
 
-from engine.attention.base import AttentionSpec
-from engine.batch import Features, FlatTokens, ForwardBatch, padded_block_tables
-from engine.config import CacheConfig
-from engine.gpu_memory import GRAPH_SIZES
-from engine.loader import LoadedModel
-from engine.machine import free_memory
-from engine.messages import SamplingParams
-from engine.models.config import ModelError
-from engine.prompt_embeddings import collect_embeddings
-from engine.request import Request
-from engine.sampling.choose import takes_largest_logit
-from engine.step_graphs import StepGraphs
-from engine.step_plan import ScheduledSequence
-from kernels.screened_head import MOST_ROWS
+from evospec.engine.attention.base import AttentionSpec
+from evospec.engine.batch import Features, FlatTokens, ForwardBatch, padded_block_tables
+from evospec.engine.config import CacheConfig
+from evospec.engine.gpu_memory import GRAPH_SIZES
+from evospec.engine.loader import LoadedModel
+from evospec.engine.machine import free_memory
+from evospec.engine.messages import SamplingParams
+from evospec.engine.models.config import ModelError
+from evospec.engine.prompt_embeddings import collect_embeddings
+from evospec.engine.request import Request
+from evospec.engine.sampling.choose import takes_largest_logit
+from evospec.engine.step_graphs import StepGraphs
+from evospec.engine.step_plan import ScheduledSequence
+from evospec.kernels.screened_head import MOST_ROWS
 
 _CPU = torch.device("cpu")
 

@@ -1,4 +1,4 @@
-"""The engine process: ``python -m engine.process``. A ROUTER socket around the step loop, in one thread."""
+"""The engine process: ``python -m evospec.engine.process``. A ROUTER socket around the step loop, in one thread."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import structlog
 import torch
 import zmq
 
-from engine import messages
-from engine.config import CONFIG_VARIABLE, EngineConfig
-from engine.core import EngineCore, Outputs
-from engine.log import configure_logging_from_environment
-from engine.models.config import ModelError, ModelFiles
-from engine.models.registry import known_sums, resolve_model, validate_model_files
-from engine.models.verify import DAMAGED_STATUS, FileCheck
-from engine.online.shared_file import SharedMemoryError, claim_directory
-from engine.speculation.draft_files import choose_method, draft_model_config
+from evospec.engine import messages
+from evospec.engine.config import CONFIG_VARIABLE, EngineConfig
+from evospec.engine.core import EngineCore, Outputs
+from evospec.engine.log import configure_logging_from_environment
+from evospec.engine.models.config import ModelError, ModelFiles
+from evospec.engine.models.registry import known_sums, resolve_model, validate_model_files
+from evospec.engine.models.verify import DAMAGED_STATUS, FileCheck
+from evospec.engine.online.shared_file import SharedMemoryError, claim_directory
+from evospec.engine.speculation.draft_files import choose_method, draft_model_config
 
 log = structlog.get_logger(__name__)
 

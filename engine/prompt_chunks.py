@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from engine.request import Request
+from evospec.engine.request import Request
 
 MOST_PROMPT_ROWS = 256
 """Prompt tokens of a step whose logits are wanted: each takes memory as wide as the vocabulary."""

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from engine.request import Request
-from engine.step_plan import ScheduledSequence
+from evospec.engine.request import Request
+from evospec.engine.step_plan import ScheduledSequence
 
 
 def collect_embeddings(sequences: Sequence[ScheduledSequence], hidden: torch.Tensor) -> None:

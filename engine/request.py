@@ -11,15 +11,15 @@ from weakref import WeakValueDictionary
 
 import msgspec
 
-from engine.draft_state import DraftState
-from engine.messages import EngineRequest, SamplingParams
+from evospec.engine.draft_state import DraftState
+from evospec.engine.messages import EngineRequest, SamplingParams
 
 if TYPE_CHECKING:
     import torch
 
-    from engine.sampling.choose import SamplingState
-    from engine.sampling.grammar_cursor import GrammarCursor
-    from engine.truncation import StopChecker
+    from evospec.engine.sampling.choose import SamplingState
+    from evospec.engine.sampling.grammar_cursor import GrammarCursor
+    from evospec.engine.truncation import StopChecker
 
 
 @dataclass(eq=False, slots=True, weakref_slot=True)

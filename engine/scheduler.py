@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from engine.admission import PROMPT_TOKEN_SERVICE, Admission
-from engine.config import CacheConfig, SchedulerConfig
-from engine.kv_cache_manager import KVCacheManager
-from engine.messages import EngineStats
-from engine.prompt_chunks import StepTime, prompt_rows_left, share_out
-from engine.request import Request
-from engine.step_plan import DraftLengths, DraftSlot, ScheduledSequence, SchedulerOutput
+from evospec.engine.admission import PROMPT_TOKEN_SERVICE, Admission
+from evospec.engine.config import CacheConfig, SchedulerConfig
+from evospec.engine.kv_cache_manager import KVCacheManager
+from evospec.engine.messages import EngineStats
+from evospec.engine.prompt_chunks import StepTime, prompt_rows_left, share_out
+from evospec.engine.request import Request
+from evospec.engine.step_plan import DraftLengths, DraftSlot, ScheduledSequence, SchedulerOutput
 
 OUTPUT_TOKEN_SERVICE = 2 * PROMPT_TOKEN_SERVICE
 LEAST_CHUNK = 32

@@ -19,11 +19,11 @@ import torch
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from engine.attention.base import AttentionBackend
-from engine.batch import FlatTokens, ForwardBatch, ForwardOutput, padded_block_tables
-from engine.gpu_memory import GRAPH_SIZES
-from engine.loader import CausalLM
-from kernels.upload import FixedMemory
+from evospec.engine.attention.base import AttentionBackend
+from evospec.engine.batch import FlatTokens, ForwardBatch, ForwardOutput, padded_block_tables
+from evospec.engine.gpu_memory import GRAPH_SIZES
+from evospec.engine.loader import CausalLM
+from evospec.kernels.upload import FixedMemory
 
 _WARM_UPS = 2
 """Runs before a capture: libraries allocate in their first."""

@@ -10,8 +10,8 @@ from typing import Literal, Protocol
 
 import msgspec
 
-from engine.messages import StepTimings
-from engine.request import Request
+from evospec.engine.messages import StepTimings
+from evospec.engine.request import Request
 
 Part = Literal["schedule", "draft", "forward", "sample", "commit"]
 

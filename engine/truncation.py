@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
 
-from engine.messages import FinishReason, SamplingParams
-from engine.text.detokenizer import IncrementalDetokenizer, StopStringFinder
+from evospec.engine.messages import FinishReason, SamplingParams
+from evospec.engine.text.detokenizer import IncrementalDetokenizer, StopStringFinder
 
 
 class Truncation(msgspec.Struct, frozen=True):

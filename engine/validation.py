@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from engine.config import EngineConfig
-from engine.models.config import ModelFiles
-from engine.models.registry import resolve_model, validate_model_files
-from engine.speculation.draft_files import check_draft
+from evospec.engine.config import EngineConfig
+from evospec.engine.models.config import ModelFiles
+from evospec.engine.models.registry import resolve_model, validate_model_files
+from evospec.engine.speculation.draft_files import check_draft
 
 
 def validated_files(config: EngineConfig) -> ModelFiles:

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from engine.draft_state import DraftSource
-from engine.request import Request
-from engine.step_plan import ScheduledSequence
-from engine.truncation import Truncation
+from evospec.engine.draft_state import DraftSource
+from evospec.engine.request import Request
+from evospec.engine.step_plan import ScheduledSequence
+from evospec.engine.truncation import Truncation
 
 if TYPE_CHECKING:
-    from engine.sampling.sampler import SampledSequence
+    from evospec.engine.sampling.sampler import SampledSequence
 
 
 class Verification(msgspec.Struct, frozen=True):

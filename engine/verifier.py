@@ -7,17 +7,17 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from engine.request import Request
-from engine.sampling.constrained import num_choosable
-from engine.sampling.gpu_choices import GpuChoices
-from engine.sampling.logprobs import collect_prompt_logprobs
-from engine.sampling.sampler import SampledSequence, Sampler, SamplingRows
-from engine.step_plan import ScheduledSequence
-from engine.text.tokenizer import Tokenizer
-from engine.truncation import StopChecker
-from engine.verification import Verification
-from kernels.native import Team
-from kernels.upload import upload
+from evospec.engine.request import Request
+from evospec.engine.sampling.constrained import num_choosable
+from evospec.engine.sampling.gpu_choices import GpuChoices
+from evospec.engine.sampling.logprobs import collect_prompt_logprobs
+from evospec.engine.sampling.sampler import SampledSequence, Sampler, SamplingRows
+from evospec.engine.step_plan import ScheduledSequence
+from evospec.engine.text.tokenizer import Tokenizer
+from evospec.engine.truncation import StopChecker
+from evospec.engine.verification import Verification
+from evospec.kernels.native import Team
+from evospec.kernels.upload import upload
 
 
 class Verifier:

@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 
-from kernels.native import Team, address, integers, load_library, pointers
+from evospec.kernels.native import Team, address, integers, load_library, pointers
 
 LoraMatrix = Literal["qkv", "output", "down"]
 """The matrices of a draft that adapters change; q, k and v are one."""
@@ -84,7 +84,7 @@ def batched_lora(out: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.T
         slots: [N] int32, -1: none.
     """
     if out.device.type == "cuda":
-        from kernels.triton.batched_lora import batched_lora_triton
+        from evospec.kernels.triton.batched_lora import batched_lora_triton
 
         batched_lora_triton(out, x, a, b, slots)
         return

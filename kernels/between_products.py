@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from kernels.heads import HeadNorms, Heads, Rotation
+from evospec.kernels.heads import HeadNorms, Heads, Rotation
 
 SWIGLU_SLOPE, SWIGLU_LIMIT = 1.702, 7.0
 """Of gpt-oss."""
@@ -21,7 +21,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     ``weight`` is [size], or [parts, size] for an ``x`` of [..., parts, size].
     """
     if _is_one_kernel(x):
-        from kernels.triton.between_products import norm_triton
+        from evospec.kernels.triton.between_products import norm_triton
 
         return norm_triton(x, weight, eps)
     wide = x.float()
@@ -34,7 +34,7 @@ def add_normed(residual: torch.Tensor, added: torch.Tensor, norm: torch.Tensor |
     if norm is None:
         return residual + added
     if _is_one_kernel(residual):
-        from kernels.triton.between_products import add_triton
+        from evospec.kernels.triton.between_products import add_triton
 
         return add_triton(residual, added, norm, None, eps)[0]
     return residual + rms_norm(added, norm, eps)
@@ -45,7 +45,7 @@ def add_and_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``add_normed`` of the first three, and the norm of that by ``weight`` [size]."""
     if _is_one_kernel(residual):
-        from kernels.triton.between_products import add_triton
+        from evospec.kernels.triton.between_products import add_triton
 
         return add_triton(residual, added, norm, weight, eps)
     total = add_normed(residual, added, norm, eps)
@@ -67,7 +67,7 @@ def prepare_heads(
     """Queries and keys, each head normed and rotated if it is to be, and values: of a ``product`` that holds them."""
     q, k, v = shape.split(product)
     if _is_one_kernel(product):
-        from kernels.triton.between_products import prepare_heads_triton
+        from evospec.kernels.triton.between_products import prepare_heads_triton
 
         return *prepare_heads_triton(product, shape, norms, rotation), v
     if norms is not None:
@@ -83,7 +83,7 @@ def gated(product: torch.Tensor, activation: str) -> torch.Tensor:
     ``activation``, of the gates: silu, gelu_tanh, or gpt-oss's swiglu_oai.
     """
     if _is_one_kernel(product):
-        from kernels.triton.between_products import gated_triton
+        from evospec.kernels.triton.between_products import gated_triton
 
         return gated_triton(product, activation, SWIGLU_SLOPE, SWIGLU_LIMIT)
     gate, up = product.chunk(2, dim=-1)

@@ -1,4 +1,4 @@
-"""Compiles kernels/csrc into kernels/_native_<target>.so: ``python -m kernels.build``.
+"""Compiles kernels/csrc into kernels/_native_<target>.so: ``python -m evospec.kernels.build``.
 
 Plain shared libraries with a C interface, so neither torch's headers nor its compiler settings matter, and the
 build takes seconds. Without a C++ compiler the torch fallback serves, slower: the command says so and succeeds.
@@ -16,8 +16,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from kernels import targets
-from kernels.targets import PLAIN, SOURCES, TARGETS, Target, best_target, sources_hash
+from evospec.kernels import targets
+from evospec.kernels.targets import PLAIN, SOURCES, TARGETS, Target, best_target, sources_hash
 
 FLAGS = ["-O3", "-std=c++20", "-fPIC", "-shared", "-pthread", "-Wall", "-Wno-ignored-attributes"]
 

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kernels import native_sampling
-from kernels.gumbel_argmax import gumbel_argmax, row_keys, seeds_tensor, signed
-from kernels.kept_thresholds import Limits, kept_thresholds
-from kernels.native import Team, address, load_library, pointers
-from kernels.native_sampling import logit_rows, team_handle
-from kernels.upload import upload
+from evospec.kernels import native_sampling
+from evospec.kernels.gumbel_argmax import gumbel_argmax, row_keys, seeds_tensor, signed
+from evospec.kernels.kept_thresholds import Limits, kept_thresholds
+from evospec.kernels.native import Team, address, load_library, pointers
+from evospec.kernels.native_sampling import logit_rows, team_handle
+from evospec.kernels.upload import upload
 
 _CANDIDATES = 1024
 """Of a row's largest logits, so many are looked at first on a GPU."""
@@ -191,7 +191,7 @@ class GpuRows:
 
     def thresholds(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Of each row [N] float32, and whether some of its largest logits have sufficed to tell [N] bool."""
-        from kernels.triton.kept_thresholds import kept_thresholds_triton
+        from evospec.kernels.triton.kept_thresholds import kept_thresholds_triton
 
         return kept_thresholds_triton(logits, self.temperatures, self.limits, _CANDIDATES)
 
@@ -199,7 +199,7 @@ class GpuRows:
         self, logits: torch.Tensor, token_ids: torch.Tensor | None, least: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Tokens [N] int64, as ``choose_tokens`` says, of logits that reach ``least``; nobody waits for them."""
-        from kernels.triton.gumbel_argmax import gumbel_argmax_triton
+        from evospec.kernels.triton.gumbel_argmax import gumbel_argmax_triton
 
         return gumbel_argmax_triton(logits, self.keys, token_ids, temperatures=self.temperatures, least=least)
 

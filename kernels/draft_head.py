@@ -10,11 +10,11 @@ import ctypes
 import torch
 import torch.nn.functional as F
 
-from kernels import native_sampling
-from kernels.head_rows import EMPTY, Core, TailSlabs
-from kernels.native import Team, address, load_library, pointers
-from kernels.native_sampling import logit_rows, team_handle
-from kernels.topk import topk_rows, topk_rows_by_keys
+from evospec.kernels import native_sampling
+from evospec.kernels.head_rows import EMPTY, Core, TailSlabs
+from evospec.kernels.native import Team, address, load_library, pointers
+from evospec.kernels.native_sampling import logit_rows, team_handle
+from evospec.kernels.topk import topk_rows, topk_rows_by_keys
 
 
 class _TailQueries(ctypes.Structure):
@@ -80,7 +80,7 @@ def draft_head_topk(
     if tails is not None and (slabs is None or len(slabs) != len(hidden)):
         raise ValueError("every row needs the number of its tail")
     if hidden.device.type == "cuda" and core.rows is not None:
-        from kernels.triton.draft_head import draft_head_topk_triton
+        from evospec.kernels.triton.draft_head import draft_head_topk_triton
 
         return draft_head_topk_triton(hidden, core.rows, core.token_ids, k, tails, slabs)
     if tails is None:

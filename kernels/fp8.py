@@ -30,7 +30,7 @@ def fp8_product(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> 
 def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes [T, k] float8_e4m3fn and scales [T, 1] float32, whose products are nearest to x [T, k]."""
     if x.device.type == "cuda":
-        from kernels.triton.fp8 import quantize_rows_triton
+        from evospec.kernels.triton.fp8 import quantize_rows_triton
 
         return quantize_rows_triton(x, LARGEST, SMALLEST_SCALE)
     wide = x.float()

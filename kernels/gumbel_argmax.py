@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import torch
 
-from kernels.kept_thresholds import unpack_bits
+from evospec.kernels.kept_thresholds import unpack_bits
 
 
 def signed(value: int, bits: int) -> int:

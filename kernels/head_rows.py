@@ -14,8 +14,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from kernels.native import integers, pointers
-from kernels.upload import upload
+from evospec.kernels.native import integers, pointers
+from evospec.kernels.upload import upload
 
 EMPTY = -1
 """Token id of an empty slot."""

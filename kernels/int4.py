@@ -29,7 +29,7 @@ def int4_product(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> 
         [T, n], ``x``'s dtype.
     """
     if x.device.type == "cuda" and len(x) <= MOST_TOKENS:
-        from kernels.triton.int4 import int4_product_triton
+        from evospec.kernels.triton.int4 import int4_product_triton
 
         return int4_product_triton(x, codes, scales)
     out = x.new_empty(len(x), len(codes))
@@ -43,7 +43,7 @@ def int4_product(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> 
 def dequantized(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The weights [n, k], computed in float32 and rounded to ``dtype``; arguments as of ``int4_product``."""
     if codes.device.type == "cuda":
-        from kernels.triton.int4 import dequantized_triton
+        from evospec.kernels.triton.int4 import dequantized_triton
 
         return dequantized_triton(codes, scales, dtype)
     octets = codes.view(*scales.shape[:2], BLOCK // 2)

@@ -10,11 +10,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from kernels import native_sampling
-from kernels.native import Team, integers, load_library, pointers
-from kernels.native_sampling import logit_rows, team_handle
-from kernels.topk import decode_sort_keys, largest_keys
-from kernels.upload import upload
+from evospec.kernels import native_sampling
+from evospec.kernels.native import Team, integers, load_library, pointers
+from evospec.kernels.native_sampling import logit_rows, team_handle
+from evospec.kernels.topk import decode_sort_keys, largest_keys
+from evospec.kernels.upload import upload
 
 
 class _Wanted(ctypes.Structure):

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kernels.upload import upload
+from evospec.kernels.upload import upload
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def edit_on_gpu(logits: torch.Tensor, edits: Sequence[SparseEdits], allowed: NDA
     """
     if not edits and allowed is None:
         return
-    from kernels.triton.logits_edits import edit_triton, mask_triton
+    from evospec.kernels.triton.logits_edits import edit_triton, mask_triton
 
     arrays = [array for edit in edits for array in vars(edit).values()]
     uploaded = upload(logits.device, *arrays, *([] if allowed is None else [allowed]))

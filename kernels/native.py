@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kernels.huge_pages import huge_zeros
-from kernels.targets import TARGETS, best_target
+from evospec.kernels.huge_pages import huge_zeros
+from evospec.kernels.targets import TARGETS, best_target
 
 BF16_FORMAT = 0
 """Number of the packed format that holds floating-point weights."""
@@ -49,9 +49,9 @@ def unsupported_reason() -> str | None:
     if target is None:
         return f"the CPU lacks {', '.join(TARGETS[-1].missing)}"
     if not target.library.exists():
-        return f"{target.library.name} is not built (python -m kernels.build)"
+        return f"{target.library.name} is not built (python -m evospec.kernels.build)"
     if not target.is_of_these_sources:  # the structures of others may be others
-        return f"{target.library.name} is of other sources than these (python -m kernels.build)"
+        return f"{target.library.name} is of other sources than these (python -m evospec.kernels.build)"
     try:
         ctypes.CDLL(str(target.library))
     except OSError as error:

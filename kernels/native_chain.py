@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kernels.batched_lora import LoraRows, NativeLora
-from kernels.choose_tokens import RowSampling
-from kernels.head_rows import TailSlabs
-from kernels.native import MatrixStruct, PackedMatrix, Team, address, integers, load_library, pointers
-from kernels.native_decoder import Decoder, KvCache
-from kernels.native_sessions import Sessions
-from kernels.native_texts import Texts
+from evospec.kernels.batched_lora import LoraRows, NativeLora
+from evospec.kernels.choose_tokens import RowSampling
+from evospec.kernels.head_rows import TailSlabs
+from evospec.kernels.native import MatrixStruct, PackedMatrix, Team, address, integers, load_library, pointers
+from evospec.kernels.native_decoder import Decoder, KvCache
+from evospec.kernels.native_sessions import Sessions
+from evospec.kernels.native_texts import Texts
 
 CONFIDENCE_LEVELS = 16
 """Of how sure a draft is of a token: level n is a probability of n/16 to (n + 1)/16 among the candidates."""

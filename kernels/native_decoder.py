@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.batched_lora import NativeLora
-from kernels.huge_pages import huge_zeros
-from kernels.native import MatrixStruct, PackedMatrix, Team, address, integers, load_library, pointers
-from kernels.native_experts import ExpertsStruct, MixtureWeights
+from evospec.kernels.batched_lora import NativeLora
+from evospec.kernels.huge_pages import huge_zeros
+from evospec.kernels.native import MatrixStruct, PackedMatrix, Team, address, integers, load_library, pointers
+from evospec.kernels.native_experts import ExpertsStruct, MixtureWeights
 
 
 class _Layer(ctypes.Structure):

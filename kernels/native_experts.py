@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from kernels.native import MatrixStruct, PackedMatrix, address, integers, pointers
+from evospec.kernels.native import MatrixStruct, PackedMatrix, address, integers, pointers
 
 
 class _Expert(ctypes.Structure):

@@ -11,7 +11,7 @@ from array import array
 
 import torch
 
-from kernels.native import Team, address, integers, pointers, unsupported_reason
+from evospec.kernels.native import Team, address, integers, pointers, unsupported_reason
 
 
 class _LogitRows(ctypes.Structure):

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kernels.native_texts import Texts
-from kernels.session_library import (
+from evospec.kernels.native_texts import Texts
+from evospec.kernels.session_library import (
     FLOAT,
     INT,
     POINTER,
@@ -30,7 +30,7 @@ from kernels.session_library import (
     view_of,
     zeros,
 )
-from kernels.session_options import (
+from evospec.kernels.session_options import (
     NUM_FEATURES,
     SOURCES,
     GraphArrays,

@@ -7,8 +7,8 @@ import weakref
 from array import array
 from collections.abc import Sequence
 
-from kernels.session_library import INT, POINTER, TextStruct, TokenRows, address_of, load, zeros
-from kernels.session_options import MAX_REPEATS
+from evospec.kernels.session_library import INT, POINTER, TextStruct, TokenRows, address_of, load, zeros
+from evospec.kernels.session_options import MAX_REPEATS
 
 
 class Texts:

@@ -9,9 +9,9 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
-from kernels import native_sampling
-from kernels.logits_edits import SparseEdits
-from kernels.native import address, integers, load_library, pointers
+from evospec.kernels import native_sampling
+from evospec.kernels.logits_edits import SparseEdits
+from evospec.kernels.native import address, integers, load_library, pointers
 
 IntArray: TypeAlias = "array[int]"
 

@@ -6,8 +6,17 @@ import ctypes
 
 import torch
 
-from kernels.huge_pages import huge_zeros
-from kernels.native import MatrixStruct, PackedMatrix, Team, address, load_library, matrix_bytes, padded_rows, pointers
+from evospec.kernels.huge_pages import huge_zeros
+from evospec.kernels.native import (
+    MatrixStruct,
+    PackedMatrix,
+    Team,
+    address,
+    load_library,
+    matrix_bytes,
+    padded_rows,
+    pointers,
+)
 
 MOST_ROWS = 8
 """More rows are multiplied with the head itself in as little time."""

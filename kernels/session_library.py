@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from kernels.session_options import MAX_REPEATS, NUM_FEATURES, SOURCES
-from kernels.targets import PLAIN, best_target, load_of_these_sources
+from evospec.kernels.session_options import MAX_REPEATS, NUM_FEATURES, SOURCES
+from evospec.kernels.targets import PLAIN, best_target, load_of_these_sources
 
 if TYPE_CHECKING:
     import torch
@@ -115,7 +115,11 @@ class TextStruct(ctypes.Structure):
 
 def missing_reason() -> str | None:
     """Why sessions cannot be had in this process; None where they can."""
-    return None if _of_these_sources() else "the compiled kernels are missing, or out of date (python -m kernels.build)"
+    return (
+        None
+        if _of_these_sources()
+        else "the compiled kernels are missing, or out of date (python -m evospec.kernels.build)"
+    )
 
 
 @functools.cache

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from kernels.native_sessions import Sessions
-from kernels.native_texts import Texts
-from kernels.session_library import StateStruct, view_of
-from kernels.session_options import NUM_FEATURES
-from kernels.upload import upload
+from evospec.kernels.native_sessions import Sessions
+from evospec.kernels.native_texts import Texts
+from evospec.kernels.session_library import StateStruct, view_of
+from evospec.kernels.session_options import NUM_FEATURES
+from evospec.kernels.upload import upload
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import torch
 
-from kernels.head_rows import HeadRows
-from kernels.native_sessions import Sessions
-from kernels.native_texts import Texts
-from kernels.session_memory import DraftedRounds, SessionMemory, TextMemory
+from evospec.kernels.head_rows import HeadRows
+from evospec.kernels.native_sessions import Sessions
+from evospec.kernels.native_texts import Texts
+from evospec.kernels.session_memory import DraftedRounds, SessionMemory, TextMemory
 
 
 class GpuPrior:
@@ -46,8 +46,8 @@ class GpuPrior:
         Returns:
             Scores [N, C] float32 of the candidates, and the token of each row with the largest [N] int32.
         """
-        from kernels.triton.session_prior import add_priors_triton
-        from kernels.triton.text_repeats import include_repeats_triton
+        from evospec.kernels.triton.session_prior import add_priors_triton
+        from evospec.kernels.triton.text_repeats import include_repeats_triton
 
         include_repeats_triton(found, hidden, self._head, self._texts, of_rows[1], drafted, place)
         return add_priors_triton(self._sessions, of_rows[0], drafted, place)

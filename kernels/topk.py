@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kernels import native_sampling
-from kernels.native import Team, address, load_library
-from kernels.native_sampling import logit_rows, team_handle
-from kernels.upload import upload
+from evospec.kernels import native_sampling
+from evospec.kernels.native import Team, address, load_library
+from evospec.kernels.native_sampling import logit_rows, team_handle
+from evospec.kernels.upload import upload
 
 _LOW_BITS = 0x7FFFFFFF
 _ROWS_AT_ONCE = 64
@@ -32,7 +32,7 @@ def largest_keys(logits: torch.Tensor, k: int, rows: Sequence[int] | None = None
     places = None if rows is None else upload(logits.device, np.array(rows))[0]
     k = min(k, logits.shape[1])
     if logits.is_cuda:
-        from kernels.triton.topk import largest_keys_triton
+        from evospec.kernels.triton.topk import largest_keys_triton
 
         return largest_keys_triton(logits, k, places)
     wanted = logits if places is None else logits[places]

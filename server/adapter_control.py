@@ -7,7 +7,7 @@ from contextlib import suppress
 import msgspec
 import structlog
 
-from engine.online.adapter_control import (
+from evospec.engine.online.adapter_control import (
     AdapterCommand,
     AdapterStatus,
     WorkerStatus,
@@ -16,7 +16,7 @@ from engine.online.adapter_control import (
     learned_key,
     status_key,
 )
-from server.redis_gate import RedisGate, RedisUnavailable, needs_redis
+from evospec.server.redis_gate import RedisGate, RedisUnavailable, needs_redis
 
 log = structlog.get_logger(__name__)
 

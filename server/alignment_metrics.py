@@ -7,9 +7,9 @@ from collections.abc import Mapping
 
 from prometheus_client import CollectorRegistry
 
-from engine.messages import AlignmentStats
-from engine.online.adapter_control import AdapterStatus, WorkerStatus
-from server.metric_families import EngineCounters, MetricFamilies, value_of
+from evospec.engine.messages import AlignmentStats
+from evospec.engine.online.adapter_control import AdapterStatus, WorkerStatus
+from evospec.server.metric_families import EngineCounters, MetricFamilies, value_of
 
 _COUNTERS = {
     "steps": "Verify steps of drafted sequences.",

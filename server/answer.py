@@ -12,16 +12,16 @@ from msgspec import UNSET, UnsetType
 from starlette.responses import Response
 from starlette.types import Receive
 
-from server.errors import ApiError
-from server.generation import Generation, Piece
-from server.json_bodies import JsonResponse
-from server.schemas.answers import AnswerBody, ResponseMetrics, Usage
-from server.schemas.chat import ChatCompletionRequest
-from server.schemas.fields import SamplingFields
-from server.serving import Serving
-from server.sse import DONE, EventStream, event, run_until_disconnect
-from server.tools.answer_parser import AnswerParser
-from server.tools.blocks import BlockWriter, Change
+from evospec.server.errors import ApiError
+from evospec.server.generation import Generation, Piece
+from evospec.server.json_bodies import JsonResponse
+from evospec.server.schemas.answers import AnswerBody, ResponseMetrics, Usage
+from evospec.server.schemas.chat import ChatCompletionRequest
+from evospec.server.schemas.fields import SamplingFields
+from evospec.server.serving import Serving
+from evospec.server.sse import DONE, EventStream, event, run_until_disconnect
+from evospec.server.tools.answer_parser import AnswerParser
+from evospec.server.tools.blocks import BlockWriter, Change
 
 
 class Answer(ABC):

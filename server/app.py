@@ -14,31 +14,42 @@ import structlog
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
-from engine.models.config import ModelFiles
-from engine.models.registry import resolve_model
-from engine.models.sampling_defaults import sampling_defaults
-from engine.text.tokenizer import Tokenizer
-from server.adapter_control import AdapterControl
-from server.body_room import BodyRoom
-from server.engine_client import EngineClient
-from server.errors import install_error_handlers
-from server.metrics import Metrics
-from server.middleware import RequestMiddleware
-from server.openapi import install_openapi
-from server.rate_limit import LIMIT_HEADERS, RateLimiter
-from server.redis_gate import RedisGate
-from server.responses.store import ResponseStore
-from server.routes import about, adapters, chat, completions, embeddings, messages, page, responses, sessions, tokens
-from server.serving import Serving
-from server.session_store import SessionStore
-from server.settings import ConfigurationError, Settings
-from server.tenants import TenantRegistry
-from server.tools.answer_parser import load_parser
-from server.tools.chat_format import ChatFormat
-from server.work_shares import WorkShares
+from evospec.engine.models.config import ModelFiles
+from evospec.engine.models.registry import resolve_model
+from evospec.engine.models.sampling_defaults import sampling_defaults
+from evospec.engine.text.tokenizer import Tokenizer
+from evospec.server.adapter_control import AdapterControl
+from evospec.server.body_room import BodyRoom
+from evospec.server.engine_client import EngineClient
+from evospec.server.errors import install_error_handlers
+from evospec.server.metrics import Metrics
+from evospec.server.middleware import RequestMiddleware
+from evospec.server.openapi import install_openapi
+from evospec.server.rate_limit import LIMIT_HEADERS, RateLimiter
+from evospec.server.redis_gate import RedisGate
+from evospec.server.responses.store import ResponseStore
+from evospec.server.routes import (
+    about,
+    adapters,
+    chat,
+    completions,
+    embeddings,
+    messages,
+    page,
+    responses,
+    sessions,
+    tokens,
+)
+from evospec.server.serving import Serving
+from evospec.server.session_store import SessionStore
+from evospec.server.settings import ConfigurationError, Settings
+from evospec.server.tenants import TenantRegistry
+from evospec.server.tools.answer_parser import load_parser
+from evospec.server.tools.chat_format import ChatFormat
+from evospec.server.work_shares import WorkShares
 
 if TYPE_CHECKING:
-    from server.tracing import Tracing
+    from evospec.server.tracing import Tracing
 
 log = structlog.get_logger(__name__)
 
@@ -134,7 +145,7 @@ def _tracing(endpoint: str | None, model: str) -> Tracing | None:
     if endpoint is None:
         return None
     try:
-        from server.tracing import Tracing
+        from evospec.server.tracing import Tracing
     except ModuleNotFoundError as error:
         raise ConfigurationError("tracing.endpoint needs OpenTelemetry: pip install 'evospec[tracing]'") from error
     return Tracing(endpoint, model)

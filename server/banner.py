@@ -6,7 +6,7 @@ import json
 import shlex
 import sys
 
-from engine.messages import EngineReady
+from evospec.engine.messages import EngineReady
 
 _TEMPLATE = """
 EvoSpec serves {model} at {url}/v1

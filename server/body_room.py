@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from server.engine_client import Overloaded
+from evospec.server.engine_client import Overloaded
 
 MAX_WAITING = 512
 """Requests of a tenant that wait for room."""

@@ -12,7 +12,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
-from server.remote import Remote, RemoteError, check
+from evospec.server.remote import Remote, RemoteError, check
 
 _MEANINGS = {
     "target": "the model's own",

@@ -7,9 +7,9 @@ from typing import Any
 import msgspec
 from pydantic import ValidationError
 
-from server.errors import body_error
-from server.generation import Generation
-from server.params import (
+from evospec.server.errors import body_error
+from evospec.server.generation import Generation
+from evospec.server.params import (
     TokenizedPrompt,
     check_prompts,
     check_request,
@@ -19,12 +19,12 @@ from server.params import (
     fit_max_tokens,
     to_sampling_params,
 )
-from server.schemas.chat import ChatCompletionRequest
-from server.schemas.fields import CommonFields
-from server.serving import Serving
-from server.tenants import Tenant
-from server.tools.structural_tag import chat_grammar, check_tools
-from server.work_shares import RequestWork
+from evospec.server.schemas.chat import ChatCompletionRequest
+from evospec.server.schemas.fields import CommonFields
+from evospec.server.serving import Serving
+from evospec.server.tenants import Tenant
+from evospec.server.tools.structural_tag import chat_grammar, check_tools
+from evospec.server.work_shares import RequestWork
 
 
 def chat_request(common: CommonFields, **fields: Any) -> ChatCompletionRequest:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from engine.messages import EngineOutput
-from engine.text.detokenizer import IncrementalDetokenizer, StopStringBuffer
-from engine.text.tokenizer import Tokenizer
-from server.schemas.answers import SpeculativeDecoding
+from evospec.engine.messages import EngineOutput
+from evospec.engine.text.detokenizer import IncrementalDetokenizer, StopStringBuffer
+from evospec.engine.text.tokenizer import Tokenizer
+from evospec.server.schemas.answers import SpeculativeDecoding
 
 
 class ChoiceText:

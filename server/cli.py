@@ -11,19 +11,19 @@ from typing import Annotated
 
 import typer
 
-from engine.log import configure_logging
-from engine.models.config import ModelError
-from engine.validation import validated_files
-from server.bench.command import bench
-from server.chat_client import Conversation, chat
-from server.command_line import check_flags, help_text, with_model_flag
-from server.launcher import serve, validated_model
-from server.model_list import model_list
-from server.processes import ENGINE_COMMAND, WORKER_COMMAND, engine_environment, learn_where_possible
-from server.remote import RemoteError
-from server.settings import ConfigurationError, Settings, load_settings
-from server.settings_doc import settings_doc
-from server.tenants import CLIENT_KEY, check_tenant_name, hash_key, new_key
+from evospec.engine.log import configure_logging
+from evospec.engine.models.config import ModelError
+from evospec.engine.validation import validated_files
+from evospec.server.bench.command import bench
+from evospec.server.chat_client import Conversation, chat
+from evospec.server.command_line import check_flags, help_text, with_model_flag
+from evospec.server.launcher import serve, validated_model
+from evospec.server.model_list import model_list
+from evospec.server.processes import ENGINE_COMMAND, WORKER_COMMAND, engine_environment, learn_where_possible
+from evospec.server.remote import RemoteError
+from evospec.server.settings import ConfigurationError, Settings, load_settings
+from evospec.server.settings_doc import settings_doc
+from evospec.server.tenants import CLIENT_KEY, check_tenant_name, hash_key, new_key
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 keys_app = typer.Typer(help="API keys.")
@@ -130,19 +130,19 @@ def keys_new(tenant: Annotated[str, typer.Argument(help="Name of the tenant, as 
 @vocab_app.command("build", context_settings=_SETTINGS_COMMAND, add_help_option=False)
 def vocab_build(context: typer.Context) -> None:
     """Count tokens and bigrams of a model's generated answers: speculation.vocabulary static:K and dynamic:K+S."""
-    os.execv(sys.executable, [sys.executable, "-m", "adapters.training.count", *context.args])
+    os.execv(sys.executable, [sys.executable, "-m", "evospec.adapters.training.count", *context.args])
 
 
 @vocab_app.command("add-text", context_settings=_SETTINGS_COMMAND, add_help_option=False)
 def vocab_add_text(context: typer.Context) -> None:
     """Add a directory of text to the token counts of a model's draft."""
-    os.execv(sys.executable, [sys.executable, "-m", "adapters.training.count_text", *context.args])
+    os.execv(sys.executable, [sys.executable, "-m", "evospec.adapters.training.count_text", *context.args])
 
 
 @app.command("train-draft", context_settings=_SETTINGS_COMMAND, add_help_option=False)
 def train_draft(context: typer.Context) -> None:
-    """Train an EAGLE-3 draft on what the model has answered (python -m adapters.training.generate MODEL makes that)."""
-    os.execv(sys.executable, [sys.executable, "-m", "adapters.training.train", *context.args])
+    """Train an EAGLE-3 draft on a model's answers, which python -m evospec.adapters.training.generate MODEL makes."""
+    os.execv(sys.executable, [sys.executable, "-m", "evospec.adapters.training.train", *context.args])
 
 
 def main() -> None:

@@ -11,8 +11,8 @@ from typing import Any, get_args
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from server.foreign_options import ADVICE
-from server.settings import SHORTCUTS, ConfigurationError, all_options, sections
+from evospec.server.foreign_options import ADVICE
+from evospec.server.settings import SHORTCUTS, ConfigurationError, all_options, sections
 
 COMMON = (
     *("engine.model.name", "engine.model.served_name", "engine.model.max_model_len", "http.host", "http.port"),

@@ -13,9 +13,9 @@ import structlog
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from engine.config import EngineConfig
-from engine.fair_queue import equal_share
-from engine.messages import (
+from evospec.engine.config import EngineConfig
+from evospec.engine.fair_queue import equal_share
+from evospec.engine.messages import (
     AbortRequests,
     ClientMessage,
     EngineMessage,
@@ -25,8 +25,8 @@ from engine.messages import (
     EngineRequest,
     Hello,
 )
-from server.engine_metrics import EngineMetrics
-from server.errors import ApiError, bad_request
+from evospec.server.engine_metrics import EngineMetrics
+from evospec.server.errors import ApiError, bad_request
 
 log = structlog.get_logger(__name__)
 

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry
 
-from engine.messages import EngineOutputs, EngineReady, EngineStats, StepTimings
-from server.alignment_metrics import AlignmentMetrics
-from server.metric_families import EngineCounters, MetricFamilies, value_of
-from server.schemas.overview import EngineOverview
+from evospec.engine.messages import EngineOutputs, EngineReady, EngineStats, StepTimings
+from evospec.server.alignment_metrics import AlignmentMetrics
+from evospec.server.metric_families import EngineCounters, MetricFamilies, value_of
+from evospec.server.schemas.overview import EngineOverview
 
 _STEP_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5)
 _VOCABULARY_SECONDS = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25)

@@ -13,16 +13,16 @@ import msgspec
 import structlog
 from msgspec import UNSET, UnsetType
 
-from engine.messages import EngineOutput, EngineRequest, SamplingParams, SessionState, TokenLogprob
-from server.choices import Choice, ChoiceText
-from server.engine_client import Overloaded
-from server.errors import ApiError, bad_request, internal_error
-from server.metrics import FINISH_REASONS
-from server.middleware import log_figures
-from server.params import TokenizedPrompt
-from server.schemas.answers import CompletionTokensDetails, PromptTokensDetails, ResponseMetrics, Usage
-from server.serving import Serving
-from server.tenants import Tenant
+from evospec.engine.messages import EngineOutput, EngineRequest, SamplingParams, SessionState, TokenLogprob
+from evospec.server.choices import Choice, ChoiceText
+from evospec.server.engine_client import Overloaded
+from evospec.server.errors import ApiError, bad_request, internal_error
+from evospec.server.metrics import FINISH_REASONS
+from evospec.server.middleware import log_figures
+from evospec.server.params import TokenizedPrompt
+from evospec.server.schemas.answers import CompletionTokensDetails, PromptTokensDetails, ResponseMetrics, Usage
+from evospec.server.serving import Serving
+from evospec.server.tenants import Tenant
 
 LOGPROB_SIZE = 16
 """Bytes of a log-probability on its way through the server, about."""

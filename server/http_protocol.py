@@ -18,9 +18,9 @@ import httptools
 import structlog
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from server.connections import ConnectionLimit
-from server.errors import ApiError, shutting_down
-from server.options import HttpConfig
+from evospec.server.connections import ConnectionLimit
+from evospec.server.errors import ApiError, shutting_down
+from evospec.server.options import HttpConfig
 
 log = structlog.get_logger(__name__)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import structlog
 
-from server.settings import ConfigurationError
+from evospec.server.settings import ConfigurationError
 
 log = structlog.get_logger(__name__)
 

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 from starlette.responses import Response
 
-from server.errors import bad_request
+from evospec.server.errors import bad_request
 
 MAX_STRINGS = 2**16
 MAX_CONTAINERS = 2**16

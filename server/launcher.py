@@ -19,17 +19,17 @@ import structlog
 import uvicorn
 from fastapi import FastAPI
 
-from engine.config import ModelConfig
-from engine.models.config import ModelFiles
-from engine.models.registry import resolve_model, validate_model_files
-from engine.validation import validated_files
-from server.app import create_app
-from server.banner import banner
-from server.errors import install_error_handlers, shutting_down
-from server.http_protocol import LINGER, bounded_http
-from server.instance_directory import instance_directory
-from server.options import HttpConfig
-from server.processes import (
+from evospec.engine.config import ModelConfig
+from evospec.engine.models.config import ModelFiles
+from evospec.engine.models.registry import resolve_model, validate_model_files
+from evospec.engine.validation import validated_files
+from evospec.server.app import create_app
+from evospec.server.banner import banner
+from evospec.server.errors import install_error_handlers, shutting_down
+from evospec.server.http_protocol import LINGER, bounded_http
+from evospec.server.instance_directory import instance_directory
+from evospec.server.options import HttpConfig
+from evospec.server.processes import (
     embedded_valkey,
     engine_process,
     keep_learning_apart,
@@ -38,10 +38,10 @@ from server.processes import (
     wait_until_healthy,
     worker_process,
 )
-from server.routes import about
-from server.settings import ConfigurationError, Settings
-from server.supervisor import ProcessFailed, SupervisedProcess
-from server.tenants import METRICS_PATH, TenantRegistry, check_exposure, warn_of_client_key
+from evospec.server.routes import about
+from evospec.server.settings import ConfigurationError, Settings
+from evospec.server.supervisor import ProcessFailed, SupervisedProcess
+from evospec.server.tenants import METRICS_PATH, TenantRegistry, check_exposure, warn_of_client_key
 
 log = structlog.get_logger(__name__)
 

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
-from engine.messages import TokenLogprob
-from engine.text.tokenizer import Tokenizer
-from server.schemas.chat import ChatLogprobs, ContentLogprob, TopLogprob
-from server.schemas.completions import CompletionLogprobs
+from evospec.engine.messages import TokenLogprob
+from evospec.engine.text.tokenizer import Tokenizer
+from evospec.server.schemas.chat import ChatLogprobs, ContentLogprob, TopLogprob
+from evospec.server.schemas.completions import CompletionLogprobs
 
 # JSON has no infinity; this is what OpenAI reports for probability 0.
 MIN_LOGPROB = -9999.0

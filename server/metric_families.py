@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from engine.messages import AlignmentStats, EngineStats
+from evospec.engine.messages import AlignmentStats, EngineStats
 
 
 class MetricFamilies:

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, generate_latest
 
-from engine.config import MAX_SPECULATIVE_TOKENS
-from engine.messages import VocabularyCounts
-from server.engine_metrics import EngineMetrics
-from server.metric_families import MetricFamilies, value_of
-from server.schemas.overview import DomainOverview, Place, TenantOverview
-from server.vllm_metrics import WithVllmNames
+from evospec.engine.config import MAX_SPECULATIVE_TOKENS
+from evospec.engine.messages import VocabularyCounts
+from evospec.server.engine_metrics import EngineMetrics
+from evospec.server.metric_families import MetricFamilies, value_of
+from evospec.server.schemas.overview import DomainOverview, Place, TenantOverview
+from evospec.server.vllm_metrics import WithVllmNames
 
 MAX_TENANT_LABELS = 100
 MAX_DOMAIN_LABELS = 10  # for each tenant, so that none can use up the others'

@@ -13,12 +13,12 @@ import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import internal_error
-from server.metrics import Metrics
-from server.sse import ClientDisconnected, StreamFailed
+from evospec.server.errors import internal_error
+from evospec.server.metrics import Metrics
+from evospec.server.sse import ClientDisconnected, StreamFailed
 
 if TYPE_CHECKING:
-    from server.tracing import Tracing
+    from evospec.server.tracing import Tracing
 
 log = structlog.get_logger("server.access")
 

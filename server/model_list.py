@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from engine.models.eagle3_config import WEIGHTS_FILE
-from engine.models.registry import REGISTRY, registry_path
-from engine.speculation.draft_files import DRAFTS
+from evospec.engine.models.eagle3_config import WEIGHTS_FILE
+from evospec.engine.models.registry import REGISTRY, registry_path
+from evospec.engine.speculation.draft_files import DRAFTS
 
 _HEADERS = ("NAME", "MB", "DRAFT", "FETCHED", "WHAT IT IS")
 

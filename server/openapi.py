@@ -9,7 +9,7 @@ import msgspec
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from server.errors import ErrorResponse
+from evospec.server.errors import ErrorResponse
 
 _DESCRIPTIONS = {
     400: "A field is invalid or not supported; `param` names it.",

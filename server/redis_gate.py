@@ -11,9 +11,9 @@ from typing import TypeVar
 import structlog
 from prometheus_client import Counter
 
-from engine.redis_clients import REDIS_FAILURES, connect_async
-from server.errors import ApiError
-from server.options import RedisConfig
+from evospec.engine.redis_clients import REDIS_FAILURES, connect_async
+from evospec.server.errors import ApiError
+from evospec.server.options import RedisConfig
 
 T = TypeVar("T")
 

@@ -7,18 +7,18 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
-from engine.messages import EngineReady
-from engine.models.sampling_defaults import SamplingDefaults
-from engine.text.tokenizer import Tokenizer
-from server.adapter_control import AdapterControl
-from server.body_room import BodyRoom
-from server.engine_client import EngineClient, EngineDead
-from server.metrics import Metrics
-from server.rate_limit import RateLimiter
-from server.responses.store import ResponseStore
-from server.session_store import SessionStore
-from server.tools.chat_format import ChatFormat
-from server.work_shares import WorkShares
+from evospec.engine.messages import EngineReady
+from evospec.engine.models.sampling_defaults import SamplingDefaults
+from evospec.engine.text.tokenizer import Tokenizer
+from evospec.server.adapter_control import AdapterControl
+from evospec.server.body_room import BodyRoom
+from evospec.server.engine_client import EngineClient, EngineDead
+from evospec.server.metrics import Metrics
+from evospec.server.rate_limit import RateLimiter
+from evospec.server.responses.store import ResponseStore
+from evospec.server.session_store import SessionStore
+from evospec.server.tools.chat_format import ChatFormat
+from evospec.server.work_shares import WorkShares
 
 
 @dataclass(frozen=True)

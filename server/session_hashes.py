@@ -18,10 +18,10 @@ from typing import Any, Literal
 
 from redis.commands.core import AsyncScript
 
-from server.metrics import NO_DOMAIN
-from server.redis_gate import RedisGate
-from server.schemas.sessions import DOMAIN_PATTERN
-from server.session_ids import sessions_key
+from evospec.server.metrics import NO_DOMAIN
+from evospec.server.redis_gate import RedisGate
+from evospec.server.schemas.sessions import DOMAIN_PATTERN
+from evospec.server.session_ids import sessions_key
 
 
 @dataclass(frozen=True)

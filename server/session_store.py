@@ -13,17 +13,17 @@ from weakref import WeakValueDictionary
 
 import structlog
 
-from engine.draft_vocab.snapshot import MAX_BYTES, SessionSnapshot, SnapshotError, decode, encode, merge
-from engine.messages import EngineReady, SessionState
-from server.errors import ApiError
-from server.metrics import NO_DOMAIN, Metrics
-from server.options import SessionsConfig
-from server.redis_gate import RedisGate, RedisUnavailable, needs_redis
-from server.schemas.sessions import Session
-from server.session_hashes import Conflict, OpenedHash, SessionHashes
-from server.session_ids import is_named, session_key
-from server.shielded import ShieldedTasks
-from server.work_shares import WorkShares
+from evospec.engine.draft_vocab.snapshot import MAX_BYTES, SessionSnapshot, SnapshotError, decode, encode, merge
+from evospec.engine.messages import EngineReady, SessionState
+from evospec.server.errors import ApiError
+from evospec.server.metrics import NO_DOMAIN, Metrics
+from evospec.server.options import SessionsConfig
+from evospec.server.redis_gate import RedisGate, RedisUnavailable, needs_redis
+from evospec.server.schemas.sessions import Session
+from evospec.server.session_hashes import Conflict, OpenedHash, SessionHashes
+from evospec.server.session_ids import is_named, session_key
+from evospec.server.shielded import ShieldedTasks
+from evospec.server.work_shares import WorkShares
 
 log = structlog.get_logger(__name__)
 

@@ -24,9 +24,9 @@ from pydantic_settings import (
     SettingsError,
 )
 
-from engine.config import EngineConfig
-from engine.options import Section
-from server.options import (
+from evospec.engine.config import EngineConfig
+from evospec.engine.options import Section
+from evospec.server.options import (
     AuthConfig,
     HttpConfig,
     LimitsConfig,

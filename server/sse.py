@@ -12,7 +12,7 @@ import structlog
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from server.errors import ApiError, internal_error
+from evospec.server.errors import ApiError, internal_error
 
 T = TypeVar("T")
 

@@ -19,9 +19,9 @@ import structlog
 from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from server.errors import ApiError
-from server.options import KEY_HASH, AuthConfig, KeyHash, LimitsConfig
-from server.settings import ConfigurationError, is_loopback
+from evospec.server.errors import ApiError
+from evospec.server.options import KEY_HASH, AuthConfig, KeyHash, LimitsConfig
+from evospec.server.settings import ConfigurationError, is_loopback
 
 KEY_PREFIX = "evs-"
 DEFAULT_TENANT = "default"

@@ -13,7 +13,7 @@ from typing import Any, Generic, ParamSpec, TypeVar
 
 from starlette.types import Receive
 
-from server.sse import run_until_disconnect
+from evospec.server.sse import run_until_disconnect
 
 T = TypeVar("T")
 JobT = TypeVar("JobT")

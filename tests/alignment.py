@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from benchmarks.distillation import whole_draft
-from engine.adapters_config import AdaptersConfig, TokenLogConfig
-from engine.online.token_log import TokenLogReader
-from engine.online.verify_record import VerifyRecord
-from engine.speculation import build
+from evospec.engine.adapters_config import AdaptersConfig, TokenLogConfig
+from evospec.engine.online.token_log import TokenLogReader
+from evospec.engine.online.verify_record import VerifyRecord
+from evospec.engine.speculation import build
 
 
 def make_alignment(directory: Path, url: str, method: str) -> AdaptersConfig:

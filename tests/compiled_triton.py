@@ -16,9 +16,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from engine.models.config import Activation
-from kernels.session_options import PRESENCE
-from kernels.triton import (
+from evospec.engine.models.config import Activation
+from evospec.kernels.session_options import PRESENCE
+from evospec.kernels.triton import (
     batched_lora,
     between_products,
     draft_head,

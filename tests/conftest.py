@@ -48,7 +48,7 @@ def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     import torch
 
-    from engine import loader
+    from evospec.engine import loader
 
     torch.set_num_threads(1)
     monkeypatch.setattr(loader, "available_cores", lambda: 1)
@@ -57,8 +57,8 @@ def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
     """SmolLM2-135M-Instruct as GGUF, fetched once and then kept in the user's cache."""
-    from engine.config import ModelConfig
-    from engine.models.registry import resolve_model
+    from evospec.engine.config import ModelConfig
+    from evospec.engine.models.registry import resolve_model
 
     return resolve_model(ModelConfig()).path
 

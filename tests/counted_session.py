@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from engine.draft_vocab.ngram_counts import NgramCounts, restore, strongest
-from kernels.native_sessions import Sessions
-from kernels.session_library import TokenRows
-from kernels.session_options import HALF_LIFE, NUM_FEATURES, SessionOptions, TableSizes
+from evospec.engine.draft_vocab.ngram_counts import NgramCounts, restore, strongest
+from evospec.kernels.native_sessions import Sessions
+from evospec.kernels.session_library import TokenRows
+from evospec.kernels.session_options import HALF_LIFE, NUM_FEATURES, SessionOptions, TableSizes
 
 
 class CountedSession:

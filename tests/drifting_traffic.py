@@ -15,19 +15,19 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from adapters.alignment.chains import ChainDrafter, collate
-from adapters.alignment.records import Segment
-from adapters.alignment.updates import Lora
-from adapters.target_parts import load_target_parts
-from engine.adapters_config import AdaptersConfig
-from engine.models.eagle3 import load_draft
-from engine.models.lora import draft_fingerprint, lora_layout
-from engine.models.registry import validate_model_files
-from engine.online.feature_ring import FeatureRing
-from engine.online.token_log import TokenLog
-from engine.online.verify_record import VerifyRecord, pack_top_k
-from engine.online.weight_channel import WeightChannel
-from kernels.session_options import NUM_FEATURES
+from evospec.adapters.alignment.chains import ChainDrafter, collate
+from evospec.adapters.alignment.records import Segment
+from evospec.adapters.alignment.updates import Lora
+from evospec.adapters.target_parts import load_target_parts
+from evospec.engine.adapters_config import AdaptersConfig
+from evospec.engine.models.eagle3 import load_draft
+from evospec.engine.models.lora import draft_fingerprint, lora_layout
+from evospec.engine.models.registry import validate_model_files
+from evospec.engine.online.feature_ring import FeatureRing
+from evospec.engine.online.token_log import TokenLog
+from evospec.engine.online.verify_record import VerifyRecord, pack_top_k
+from evospec.engine.online.weight_channel import WeightChannel
+from evospec.kernels.session_options import NUM_FEATURES
 from tests.tiny_drafts import make_draft_directory
 from tests.tiny_models import make_directory
 

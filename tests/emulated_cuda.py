@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 CUDA = torch.device("cuda:0")
 _ROOT = Path(__file__).parents[1]
-_SOURCES = tuple(f"{_ROOT / folder}{os.sep}" for folder in ("engine", "kernels"))
+_SOURCES = tuple(f"{_ROOT / 'evospec' / folder}{os.sep}" for folder in ("engine", "kernels"))
 _VIEWS = frozenset(
     ("view", "_unsafe_view", "as_strided", "slice", "select", "expand", "permute", "transpose", "t", "unsqueeze")
 ) | {

@@ -16,9 +16,9 @@ from tests import emulated_driver, emulated_flashinfer
 from tests.emulated_cuda import COUNTS, CUDA
 
 if TYPE_CHECKING:
-    from engine.config import EngineConfig
-    from engine.core import EngineCore
-    from engine.models.config import ModelFiles
+    from evospec.engine.config import EngineConfig
+    from evospec.engine.core import EngineCore
+    from evospec.engine.models.config import ModelFiles
 
 
 class Job(msgspec.Struct):
@@ -70,8 +70,8 @@ class Ran(msgspec.Struct):
 
 def run(directory: Path, job: Job, batch: int) -> Ran:
     """An engine with so many sequences."""
-    from engine.core import EngineCore
-    from engine.models.registry import validate_model_files
+    from evospec.engine.core import EngineCore
+    from evospec.engine.models.registry import validate_model_files
     from tests.quantized_models import WAYS
     from tests.tiny_families import FAMILIES
     from tests.tiny_models import make_directory
@@ -91,11 +91,18 @@ def run(directory: Path, job: Job, batch: int) -> Ran:
 
 
 def _config(directory: Path, files: ModelFiles, job: Job, batch: int, device: Any) -> EngineConfig:
-    from engine.adapters_config import AdaptersConfig
-    from engine.config import CacheConfig, EngineConfig, ModelConfig, RuntimeConfig, SchedulerConfig, SpeculationConfig
-    from engine.draft_vocab.bigram_graph import build_bigram_graph
-    from engine.models.registry import validate_model_files
-    from engine.speculation.drafters.session_head import GRAPH_FILE
+    from evospec.engine.adapters_config import AdaptersConfig
+    from evospec.engine.config import (
+        CacheConfig,
+        EngineConfig,
+        ModelConfig,
+        RuntimeConfig,
+        SchedulerConfig,
+        SpeculationConfig,
+    )
+    from evospec.engine.draft_vocab.bigram_graph import build_bigram_graph
+    from evospec.engine.models.registry import validate_model_files
+    from evospec.engine.speculation.drafters.session_head import GRAPH_FILE
     from tests.tiny_drafts import make_draft_directory
 
     eagle = make_draft_directory(directory / "draft", files)
@@ -131,8 +138,8 @@ def _put_adapter_in_force(core: EngineCore) -> None:
     """An adapter with random weights drafts for everybody."""
     import torch
 
-    from engine.draft_state import Assignment
-    from engine.online.adapter_control import adapter_key
+    from evospec.engine.draft_state import Assignment
+    from evospec.engine.online.adapter_control import adapter_key
 
     adapters: Any = core._speculator._proposer._adapters  # type: ignore[union-attr]
     key = adapter_key(adapters.config.key_scope, "tests", None)
@@ -146,8 +153,8 @@ def _put_adapter_in_force(core: EngineCore) -> None:
 def _generate(core: EngineCore, job: Job, batch: int) -> Ran:
     import torch
 
-    from engine.draft_vocab.snapshot import SessionSnapshot
-    from engine.messages import EngineRequest, SamplingParams, SessionState
+    from evospec.engine.draft_vocab.snapshot import SessionSnapshot
+    from evospec.engine.messages import EngineRequest, SamplingParams, SessionState
     from tests.exactness import SAMPLED
     from tests.tiny_drafts import CLIENT
 
@@ -193,8 +200,8 @@ def install() -> None:
     emulated_flashinfer.install()
     import torch
 
-    from engine import gpu, loader
-    from engine.attention import flashinfer
+    from evospec.engine import gpu, loader
+    from evospec.engine.attention import flashinfer
 
     flashinfer._DTYPES = loader._INT4_DTYPES = (torch.float32, torch.bfloat16)
     loader.choose_device = lambda runtime: CUDA if runtime.device == "cuda" else torch.device("cpu")
@@ -213,9 +220,9 @@ def begin() -> None:
 
 def layer_launches(directory: Path, family: str) -> int:
     """Kernels that one more layer of a family's model launches."""
-    from engine.attention.flashinfer import FlashInferAttention
-    from engine.loader import load
-    from engine.models.registry import validate_model_files
+    from evospec.engine.attention.flashinfer import FlashInferAttention
+    from evospec.engine.loader import load
+    from evospec.engine.models.registry import validate_model_files
     from tests.ragged_batches import RaggedSequences, attention_spec
     from tests.tiny_families import FAMILIES
 

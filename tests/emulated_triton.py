@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from kernels.batched_lora import batched_lora
-from kernels.between_products import add_normed, gated, prepare_heads, rms_norm
-from kernels.gumbel_argmax import _mix32_, signed
-from kernels.heads import HeadNorms, Heads, Rotation
-from kernels.int4 import dequantized, int4_product
-from kernels.kept_thresholds import Limits, kept_thresholds, unpack_bits
+from evospec.kernels.batched_lora import batched_lora
+from evospec.kernels.between_products import add_normed, gated, prepare_heads, rms_norm
+from evospec.kernels.gumbel_argmax import _mix32_, signed
+from evospec.kernels.heads import HeadNorms, Heads, Rotation
+from evospec.kernels.int4 import dequantized, int4_product
+from evospec.kernels.kept_thresholds import Limits, kept_thresholds, unpack_bits
 from tests.reference.text_matches import TextMatches
 
 _NOTHING = -(2**63)

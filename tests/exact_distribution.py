@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from engine.messages import SamplingParams
+from evospec.engine.messages import SamplingParams
 
 
 def edited(logits: Sequence[float], p: SamplingParams, prompt: list[int], output: list[int]) -> list[float]:

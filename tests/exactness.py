@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from engine.messages import Grammar, SamplingParams
+from evospec.engine.messages import Grammar, SamplingParams
 from tests.tiny_drafts import Setting
 
 NUM_TOKENS = 40

@@ -6,10 +6,10 @@ import json
 import time
 from collections.abc import Sequence
 
-from engine.messages import Grammar, SamplingParams
-from engine.request import Request
-from engine.sampling.grammar_cursor import GrammarCursor
-from engine.sampling.grammar_pool import GrammarPool
+from evospec.engine.messages import Grammar, SamplingParams
+from evospec.engine.request import Request
+from evospec.engine.sampling.grammar_cursor import GrammarCursor
+from evospec.engine.sampling.grammar_pool import GrammarPool
 
 
 def schema(value: object) -> Grammar:

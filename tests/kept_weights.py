@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from engine.models.decoder import TorchDecoder
-from engine.models.mlp import Mlp
-from engine.models.projection import Projection
-from engine.tensor_parallel.ranks import Ranks
+from evospec.engine.models.decoder import TorchDecoder
+from evospec.engine.models.mlp import Mlp
+from evospec.engine.models.projection import Projection
+from evospec.engine.tensor_parallel.ranks import Ranks
 
 
 class LoneRank(Ranks):

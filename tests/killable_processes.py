@@ -10,5 +10,11 @@ import multiprocessing
 
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(
-    ["adapters.alignment.worker", "engine.online.token_log", "engine.online.weight_channel", "pytest", "hypothesis"]
+    [
+        "evospec.adapters.alignment.worker",
+        "evospec.engine.online.token_log",
+        "evospec.engine.online.weight_channel",
+        "pytest",
+        "hypothesis",
+    ]
 )

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-from engine.speculation.length.adaptive import AdaptiveLength
-from engine.speculation.length.costs import StepCosts
-from engine.speculation.length.policy import Chain, Draftable
-from kernels.native_chain import StopRule
+from evospec.engine.speculation.length.adaptive import AdaptiveLength
+from evospec.engine.speculation.length.costs import StepCosts
+from evospec.engine.speculation.length.policy import Chain, Draftable
+from evospec.kernels.native_chain import StopRule
 
 
 class NamedPolicy:

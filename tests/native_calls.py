@@ -6,13 +6,13 @@ import ctypes
 
 import torch
 
-from kernels import gumbel_argmax as by_tensors
-from kernels import kept_thresholds as kept_by_tensors
-from kernels import native
-from kernels.choose_tokens import GumbelRows, TruncationRows
-from kernels.kept_thresholds import Limits
-from kernels.native import Team, address, load_library
-from kernels.native_sampling import logit_rows, team_handle
+from evospec.kernels import gumbel_argmax as by_tensors
+from evospec.kernels import kept_thresholds as kept_by_tensors
+from evospec.kernels import native
+from evospec.kernels.choose_tokens import GumbelRows, TruncationRows
+from evospec.kernels.kept_thresholds import Limits
+from evospec.kernels.native import Team, address, load_library
+from evospec.kernels.native_sampling import logit_rows, team_handle
 
 
 def gumbel_argmax(

@@ -8,15 +8,15 @@ from dataclasses import replace
 import torch
 from msgspec import structs
 
-from engine.attention.base import AttentionBackend, AttentionSpec
-from engine.attention.native_cpu import NativeAttention
-from engine.attention.torch_paged import TorchPagedAttention
-from engine.models.config import ModelFiles, ModelSpec
-from engine.models.decoder import TorchDecoder, load_model
-from engine.models.native_decoder import NativeDecoder
-from engine.models.registry import validate_model_files
-from engine.models.weights import open_weights
-from kernels.native import Team
+from evospec.engine.attention.base import AttentionBackend, AttentionSpec
+from evospec.engine.attention.native_cpu import NativeAttention
+from evospec.engine.attention.torch_paged import TorchPagedAttention
+from evospec.engine.models.config import ModelFiles, ModelSpec
+from evospec.engine.models.decoder import TorchDecoder, load_model
+from evospec.engine.models.native_decoder import NativeDecoder
+from evospec.engine.models.registry import validate_model_files
+from evospec.engine.models.weights import open_weights
+from evospec.kernels.native import Team
 from tests.ragged_batches import RaggedSequences, attention_spec
 from tests.tiny_models import VOCAB_SIZE
 

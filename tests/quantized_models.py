@@ -12,7 +12,7 @@ import torch
 from gguf import GGMLQuantizationType
 from safetensors.torch import load_file, save_file
 
-from engine.models.config import ModelFiles
+from evospec.engine.models.config import ModelFiles
 from tests.tiny_models import make_directory
 
 Stored = tuple[dict[str, torch.Tensor], torch.Tensor]

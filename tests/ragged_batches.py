@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from engine.attention.base import AttentionBackend, AttentionSpec
-from engine.batch import ForwardBatch
+from evospec.engine.attention.base import AttentionBackend, AttentionSpec
+from evospec.engine.batch import ForwardBatch
 
 
 class RaggedSequences:

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from engine.attention.base import AttentionSpec
-from engine.attention.torch_paged import TorchPagedAttention
-from engine.batch import ForwardBatch
-from engine.models.config import ModelFiles
-from engine.models.decoder import TorchDecoder, load_model
-from engine.models.registry import validate_model_files
-from engine.models.weights import open_weights
+from evospec.engine.attention.base import AttentionSpec
+from evospec.engine.attention.torch_paged import TorchPagedAttention
+from evospec.engine.batch import ForwardBatch
+from evospec.engine.models.config import ModelFiles
+from evospec.engine.models.decoder import TorchDecoder, load_model
+from evospec.engine.models.registry import validate_model_files
+from evospec.engine.models.weights import open_weights
 
 BLOCK_SIZE = 16
 MIN_MARGIN = 1e-4

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from server import cli
+from evospec.server import cli
 from tests.running_server import EVOSPEC
 
 

@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
-from server.processes import embedded_valkey
-from server.supervisor import SupervisedProcess
+from evospec.server.processes import embedded_valkey
+from evospec.server.supervisor import SupervisedProcess
 
 
 @asynccontextmanager

@@ -8,9 +8,9 @@ from pathlib import Path
 import msgspec
 import torch
 
-from engine.config import SpeculationConfig
-from engine.messages import SamplingParams
-from engine.models.config import ModelFiles
+from evospec.engine.config import SpeculationConfig
+from evospec.engine.messages import SamplingParams
+from evospec.engine.models.config import ModelFiles
 from tests.tiny_drafts import Engine, Setting
 
 NUM_TOKENS = 24

@@ -11,16 +11,23 @@ from typing import Literal
 import torch
 from safetensors.torch import save_file
 
-from engine.adapters_config import AdaptersConfig
-from engine.config import CacheConfig, EngineConfig, ModelConfig, RuntimeConfig, SchedulerConfig, SpeculationConfig
-from engine.core import EngineCore, Outputs
-from engine.messages import EngineRequest, SamplingParams, SessionState, VocabularyCounts
-from engine.models.config import ModelFiles
-from engine.models.eagle3 import Eagle3, save_draft
-from engine.models.eagle3_config import Eagle3Config
-from engine.models.registry import validate_model_files
-from engine.speculation.drafters.base import Draft
-from engine.speculation.drafters.head import COUNTS_FILE
+from evospec.engine.adapters_config import AdaptersConfig
+from evospec.engine.config import (
+    CacheConfig,
+    EngineConfig,
+    ModelConfig,
+    RuntimeConfig,
+    SchedulerConfig,
+    SpeculationConfig,
+)
+from evospec.engine.core import EngineCore, Outputs
+from evospec.engine.messages import EngineRequest, SamplingParams, SessionState, VocabularyCounts
+from evospec.engine.models.config import ModelFiles
+from evospec.engine.models.eagle3 import Eagle3, save_draft
+from evospec.engine.models.eagle3_config import Eagle3Config
+from evospec.engine.models.registry import validate_model_files
+from evospec.engine.speculation.drafters.base import Draft
+from evospec.engine.speculation.drafters.head import COUNTS_FILE
 
 CLIENT = b"test"
 WEIGHTS = {

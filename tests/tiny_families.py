@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine.models.config import ModelFiles
+from evospec.engine.models.config import ModelFiles
 from tests.tiny_models import make_directory
 
 WINDOW = 24

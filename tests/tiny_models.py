@@ -15,13 +15,13 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
-from engine.models.config import ModelFiles, ModelSpec
-from engine.models.families.base import Family
-from engine.models.families.known import family_of, spec_from_config
-from engine.models.gguf_spec import gguf_tensor_names
-from engine.models.stored_tensors import stored_rows, stored_shapes
-from engine.models.weights import open_weights
-from engine.text.tokenizer import Tokenizer as EngineTokenizer
+from evospec.engine.models.config import ModelFiles, ModelSpec
+from evospec.engine.models.families.base import Family
+from evospec.engine.models.families.known import family_of, spec_from_config
+from evospec.engine.models.gguf_spec import gguf_tensor_names
+from evospec.engine.models.stored_tensors import stored_rows, stored_shapes
+from evospec.engine.models.weights import open_weights
+from evospec.engine.text.tokenizer import Tokenizer as EngineTokenizer
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 VOCAB_SIZE = 512

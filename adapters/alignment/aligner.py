@@ -7,18 +7,18 @@ import time
 import structlog
 import torch
 
-from adapters.alignment.chains import ChainDrafter
-from adapters.alignment.guard import Guard, Verdict, judge
-from adapters.alignment.records import Segment
-from adapters.alignment.replay import ReplayBuffer
-from adapters.alignment.scoring import KnownScores, ScoreCache, Scoring
-from adapters.alignment.shared_versions import Unshared
-from adapters.alignment.store import AdapterStore
-from adapters.alignment.trigger import UpdateTrigger
-from adapters.alignment.updates import Updater
-from engine.adapters_config import AdaptersConfig
-from engine.online.adapter_control import AdapterStatus, Stage
-from engine.online.verify_record import VerifyRecord
+from evospec.adapters.alignment.chains import ChainDrafter
+from evospec.adapters.alignment.guard import Guard, Verdict, judge
+from evospec.adapters.alignment.records import Segment
+from evospec.adapters.alignment.replay import ReplayBuffer
+from evospec.adapters.alignment.scoring import KnownScores, ScoreCache, Scoring
+from evospec.adapters.alignment.shared_versions import Unshared
+from evospec.adapters.alignment.store import AdapterStore
+from evospec.adapters.alignment.trigger import UpdateTrigger
+from evospec.adapters.alignment.updates import Updater
+from evospec.engine.adapters_config import AdaptersConfig
+from evospec.engine.online.adapter_control import AdapterStatus, Stage
+from evospec.engine.online.verify_record import VerifyRecord
 
 log = structlog.get_logger(__name__)
 

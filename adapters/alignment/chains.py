@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from adapters.alignment.records import Segment, has_target
-from adapters.alignment.text_prior import TextPrior, make_text_prior
-from adapters.chain_walk import ChainBatch, ChainWalk
-from adapters.target_parts import TargetParts
-from engine.models.eagle3 import Additions, Eagle3
+from evospec.adapters.alignment.records import Segment, has_target
+from evospec.adapters.alignment.text_prior import TextPrior, make_text_prior
+from evospec.adapters.chain_walk import ChainBatch, ChainWalk
+from evospec.adapters.target_parts import TargetParts
+from evospec.engine.models.eagle3 import Additions, Eagle3
 
 _PLACES = 64
 """Segments are padded to multiples of it, for the same reason as rows (``chain_walk``)."""

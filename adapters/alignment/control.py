@@ -9,7 +9,7 @@ from contextlib import suppress
 import msgspec
 import structlog
 
-from engine.online.adapter_control import (
+from evospec.engine.online.adapter_control import (
     AdapterCommand,
     AdapterStatus,
     WorkerStatus,
@@ -17,7 +17,7 @@ from engine.online.adapter_control import (
     encode_status,
     status_key,
 )
-from engine.redis_clients import REDIS_FAILURES, connect
+from evospec.engine.redis_clients import REDIS_FAILURES, connect
 
 log = structlog.get_logger(__name__)
 

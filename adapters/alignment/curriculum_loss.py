@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import torch
 
-from adapters.alignment.chains import ChainStep
+from evospec.adapters.alignment.chains import ChainStep
 
 
 class Curriculum:

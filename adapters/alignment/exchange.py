@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import structlog
 
-from adapters.alignment.aligner import KeyAligner
-from adapters.alignment.shared_versions import SharedVersions
-from engine.online.adapter_control import AdapterCommand
+from evospec.adapters.alignment.aligner import KeyAligner
+from evospec.adapters.alignment.shared_versions import SharedVersions
+from evospec.engine.online.adapter_control import AdapterCommand
 
 log = structlog.get_logger(__name__)
 

@@ -18,19 +18,19 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 
-from adapters.alignment.chains import ChainDrafter, padded
-from adapters.alignment.records import Segment
-from adapters.alignment.updates import Update, Updater
-from adapters.target_parts import fastest_dtype, load_target_parts
-from adapters.training.checkpoint import TrainingProgress, load_checkpoint, save_checkpoint
-from adapters.training.dataset import Batch
-from adapters.training.first_weights import fit_to_features, init_from_target
-from adapters.training.learner import Learner, most_frequent
-from engine.adapters_config import AdaptersConfig
-from engine.models.config import ModelError, ModelFiles, ModelSpec
-from engine.models.eagle3 import Eagle3
-from engine.models.weights import open_weights
-from engine.online.whole_draft import growing_config, whole_layout
+from evospec.adapters.alignment.chains import ChainDrafter, padded
+from evospec.adapters.alignment.records import Segment
+from evospec.adapters.alignment.updates import Update, Updater
+from evospec.adapters.target_parts import fastest_dtype, load_target_parts
+from evospec.adapters.training.checkpoint import TrainingProgress, load_checkpoint, save_checkpoint
+from evospec.adapters.training.dataset import Batch
+from evospec.adapters.training.first_weights import fit_to_features, init_from_target
+from evospec.adapters.training.learner import Learner, most_frequent
+from evospec.engine.adapters_config import AdaptersConfig
+from evospec.engine.models.config import ModelError, ModelFiles, ModelSpec
+from evospec.engine.models.eagle3 import Eagle3
+from evospec.engine.models.weights import open_weights
+from evospec.engine.online.whole_draft import growing_config, whole_layout
 
 log = structlog.get_logger(__name__)
 

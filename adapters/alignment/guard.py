@@ -10,9 +10,9 @@ from functools import cached_property
 
 import torch
 
-from adapters.alignment.scoring import Score
-from engine.adapters_config import GuardConfig
-from engine.online.verify_record import VerifyRecord
+from evospec.adapters.alignment.scoring import Score
+from evospec.engine.adapters_config import GuardConfig
+from evospec.engine.online.verify_record import VerifyRecord
 
 _OFFLINE_SIGMAS = 2.0
 _MIN_REQUESTS = 4

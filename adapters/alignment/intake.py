@@ -9,16 +9,16 @@ from typing import Any
 
 import structlog
 
-from adapters.alignment.aligner import KeyAligner
-from adapters.alignment.records import Assembler
-from adapters.alignment.replay import starts_chains, teaches
-from adapters.alignment.taught import TaughtDraft
-from engine.adapters_config import AdaptersConfig
-from engine.online.adapter_control import adapter_key
-from engine.online.feature_ring import FeatureRingReader
-from engine.online.shared_file import SharedMemoryError
-from engine.online.token_log import LoggedRecord, TokenLogReader, TokenLogUnavailable
-from engine.online.verify_record import VerifyRecord
+from evospec.adapters.alignment.aligner import KeyAligner
+from evospec.adapters.alignment.records import Assembler
+from evospec.adapters.alignment.replay import starts_chains, teaches
+from evospec.adapters.alignment.taught import TaughtDraft
+from evospec.engine.adapters_config import AdaptersConfig
+from evospec.engine.online.adapter_control import adapter_key
+from evospec.engine.online.feature_ring import FeatureRingReader
+from evospec.engine.online.shared_file import SharedMemoryError
+from evospec.engine.online.token_log import LoggedRecord, TokenLogReader, TokenLogUnavailable
+from evospec.engine.online.verify_record import VerifyRecord
 
 log = structlog.get_logger(__name__)
 

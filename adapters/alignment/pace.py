@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from engine.adapters_config import PaceConfig
+from evospec.engine.adapters_config import PaceConfig
 
 _STAT = Path("/proc/stat")
 _MIN_INTERVAL = 0.25

@@ -9,10 +9,10 @@ from pathlib import Path
 import structlog
 import torch
 
-from adapters.alignment.store import AdapterStore
-from engine.online.shared_file import SharedMemoryError
-from engine.online.weight_channel import ChannelReplaced, WeightWriter
-from engine.online.weight_layout import WeightLayout
+from evospec.adapters.alignment.store import AdapterStore
+from evospec.engine.online.shared_file import SharedMemoryError
+from evospec.engine.online.weight_channel import ChannelReplaced, WeightWriter
+from evospec.engine.online.weight_layout import WeightLayout
 
 log = structlog.get_logger(__name__)
 

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from engine.adapters_config import ReplayConfig
-from engine.online.feature_ring import FeatureRingReader
-from engine.online.verify_record import VerifyRecord
-from kernels.session_options import NUM_FEATURES
+from evospec.engine.adapters_config import ReplayConfig
+from evospec.engine.online.feature_ring import FeatureRingReader
+from evospec.engine.online.verify_record import VerifyRecord
+from evospec.kernels.session_options import NUM_FEATURES
 
 _NO_TOKEN = -1
 _MAX_UNFINISHED = 256

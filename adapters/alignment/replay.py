@@ -7,9 +7,9 @@ import random
 from collections import OrderedDict, deque
 from collections.abc import Collection
 
-from adapters.alignment.records import Segment
-from engine.adapters_config import ReplayConfig
-from engine.online.verify_record import VerifyRecord
+from evospec.adapters.alignment.records import Segment
+from evospec.engine.adapters_config import ReplayConfig
+from evospec.engine.online.verify_record import VerifyRecord
 
 _HASH_RANGE = 2**32
 _REQUESTS = 1024

@@ -9,9 +9,9 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from adapters.alignment.chains import ChainDrafter, ChainStep, SegmentBatch, collate
-from adapters.alignment.curriculum_loss import step_divergence
-from adapters.alignment.records import Segment
+from evospec.adapters.alignment.chains import ChainDrafter, ChainStep, SegmentBatch, collate
+from evospec.adapters.alignment.curriculum_loss import step_divergence
+from evospec.adapters.alignment.records import Segment
 
 _RANDOM_ROWS = 2048
 _FEW_MORE = 0.1

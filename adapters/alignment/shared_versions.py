@@ -14,9 +14,9 @@ from redis.lock import Lock
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from engine.online.adapter_control import learned_key
-from engine.online.weight_layout import WeightLayout
-from engine.redis_clients import REDIS_FAILURES, connect
+from evospec.engine.online.adapter_control import learned_key
+from evospec.engine.online.weight_layout import WeightLayout
+from evospec.engine.redis_clients import REDIS_FAILURES, connect
 
 log = structlog.get_logger(__name__)
 

@@ -28,8 +28,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from engine.online.shared_file import lock_directory
-from engine.online.weight_layout import WeightLayout
+from evospec.engine.online.shared_file import lock_directory
+from evospec.engine.online.weight_layout import WeightLayout
 
 log = structlog.get_logger(__name__)
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import msgspec
 import zmq
 
-from engine.messages import EngineMessage, EngineOutputs, EngineRequest, Hello, SamplingParams, SessionState
-from engine.online.verify_record import VerifyRecord
+from evospec.engine.messages import EngineMessage, EngineOutputs, EngineRequest, Hello, SamplingParams, SessionState
+from evospec.engine.online.verify_record import VerifyRecord
 
 _PROMPTS = 1024
 """Prompts kept, the latest ones of all tenants."""

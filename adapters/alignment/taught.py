@@ -6,18 +6,18 @@ from dataclasses import dataclass
 
 import torch
 
-from adapters.alignment.chains import ChainDrafter
-from adapters.alignment.growth import DraftGrower, seed_of_draft
-from adapters.alignment.updates import Updater
-from adapters.target_parts import fastest_dtype, load_target_parts
-from engine.adapters_config import AdaptersConfig
-from engine.config import EngineConfig
-from engine.models.eagle3 import load_draft
-from engine.models.lora import draft_fingerprint
-from engine.models.registry import resolve_model, validate_model_files
-from engine.models.weights import open_weights
-from engine.online.whole_draft import growing_fingerprint
-from engine.speculation.draft_files import DRAFTS, choose_method
+from evospec.adapters.alignment.chains import ChainDrafter
+from evospec.adapters.alignment.growth import DraftGrower, seed_of_draft
+from evospec.adapters.alignment.updates import Updater
+from evospec.adapters.target_parts import fastest_dtype, load_target_parts
+from evospec.engine.adapters_config import AdaptersConfig
+from evospec.engine.config import EngineConfig
+from evospec.engine.models.eagle3 import load_draft
+from evospec.engine.models.lora import draft_fingerprint
+from evospec.engine.models.registry import resolve_model, validate_model_files
+from evospec.engine.models.weights import open_weights
+from evospec.engine.online.whole_draft import growing_fingerprint
+from evospec.engine.speculation.draft_files import DRAFTS, choose_method
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from adapters.alignment.records import Segment
-from kernels.native_sessions import Sessions
-from kernels.native_texts import Texts
-from kernels.session_library import TokenRows
-from kernels.session_options import FEATURES, MAX_REPEATS, SessionOptions, TableSizes
+from evospec.adapters.alignment.records import Segment
+from evospec.kernels.native_sessions import Sessions
+from evospec.kernels.native_texts import Texts
+from evospec.kernels.session_library import TokenRows
+from evospec.kernels.session_options import FEATURES, MAX_REPEATS, SessionOptions, TableSizes
 
 _IN_SESSION, _BIGRAM, _TRIGRAM, _MATCH = map(FEATURES.index, ("in_session", "bigram", "trigram", "match"))
 _SIZES = TableSizes()

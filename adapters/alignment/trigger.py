@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from adapters.alignment.guard import FirstTokenAcceptance
-from engine.adapters_config import PaceConfig
+from evospec.adapters.alignment.guard import FirstTokenAcceptance
+from evospec.engine.adapters_config import PaceConfig
 
 _OPTIMISM = 0.05
 """An update of a key that nobody knows yet is taken to save so much loss, in nats."""

@@ -12,14 +12,14 @@ from typing import get_args
 
 import torch
 
-from adapters.alignment.chains import ChainDrafter, ChainStep, SegmentBatch, collate
-from adapters.alignment.curriculum_loss import Curriculum, divergence
-from adapters.alignment.records import Segment
-from adapters.target_parts import with_others
-from engine.adapters_config import AdaptersConfig, LoraTarget
-from engine.models.eagle3_config import Eagle3Config
-from engine.models.lora import adapted_rows, lora_layout
-from kernels.batched_lora import LoraMatrix
+from evospec.adapters.alignment.chains import ChainDrafter, ChainStep, SegmentBatch, collate
+from evospec.adapters.alignment.curriculum_loss import Curriculum, divergence
+from evospec.adapters.alignment.records import Segment
+from evospec.adapters.target_parts import with_others
+from evospec.engine.adapters_config import AdaptersConfig, LoraTarget
+from evospec.engine.models.eagle3_config import Eagle3Config
+from evospec.engine.models.lora import adapted_rows, lora_layout
+from evospec.kernels.batched_lora import LoraMatrix
 
 _CLIP = 1.0
 _TILE = 256

@@ -1,4 +1,4 @@
-"""The worker, ``python -m adapters.alignment.worker``: learns from the token log, publishes in the weight channel."""
+"""The worker, ``python -m evospec.adapters.alignment.worker``: learns from the token log, and publishes weights."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from pathlib import Path
 import structlog
 import torch
 
-from adapters.alignment.aligner import KeyAligner
-from adapters.alignment.control import ControlChannel
-from adapters.alignment.exchange import exchange, obey
-from adapters.alignment.intake import Intake, Roster
-from adapters.alignment.pace import Pacer, bound_memory, give_back_memory, resident_bytes, yield_to_others
-from adapters.alignment.publisher import AdapterPublisher
-from adapters.alignment.shared_versions import SharedVersions
-from adapters.alignment.store import AdapterStore, claim
-from adapters.alignment.synthetic import AnswerWriter
-from adapters.alignment.taught import TaughtDraft, load_taught
-from adapters.alignment.updates import Updater
-from engine.config import CONFIG_VARIABLE, EngineConfig
-from engine.log import configure_logging_from_environment
-from engine.models.config import ModelError
-from engine.online.adapter_control import AdapterCommand, WorkerStatus
+from evospec.adapters.alignment.aligner import KeyAligner
+from evospec.adapters.alignment.control import ControlChannel
+from evospec.adapters.alignment.exchange import exchange, obey
+from evospec.adapters.alignment.intake import Intake, Roster
+from evospec.adapters.alignment.pace import Pacer, bound_memory, give_back_memory, resident_bytes, yield_to_others
+from evospec.adapters.alignment.publisher import AdapterPublisher
+from evospec.adapters.alignment.shared_versions import SharedVersions
+from evospec.adapters.alignment.store import AdapterStore, claim
+from evospec.adapters.alignment.synthetic import AnswerWriter
+from evospec.adapters.alignment.taught import TaughtDraft, load_taught
+from evospec.adapters.alignment.updates import Updater
+from evospec.engine.config import CONFIG_VARIABLE, EngineConfig
+from evospec.engine.log import configure_logging_from_environment
+from evospec.engine.models.config import ModelError
+from evospec.engine.online.adapter_control import AdapterCommand, WorkerStatus
 
 log = structlog.get_logger(__name__)
 

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from engine.models.config import ModelError
+from evospec.engine.models.config import ModelError
 
 _PROGRESS = "progress"
 

@@ -13,14 +13,14 @@ import typer
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
-from adapters.training.conversations import data_directory, read_shard, shard_paths
-from engine.config import ModelConfig
-from engine.draft_vocab.bigram_graph import build_bigram_graph
-from engine.models.config import ModelError
-from engine.models.registry import resolve_model, validate_model_files
-from engine.speculation.draft_files import DRAFTS
-from engine.speculation.drafters.head import COUNTS_FILE
-from engine.speculation.drafters.session_head import GRAPH_FILE
+from evospec.adapters.training.conversations import data_directory, read_shard, shard_paths
+from evospec.engine.config import ModelConfig
+from evospec.engine.draft_vocab.bigram_graph import build_bigram_graph
+from evospec.engine.models.config import ModelError
+from evospec.engine.models.registry import resolve_model, validate_model_files
+from evospec.engine.speculation.draft_files import DRAFTS
+from evospec.engine.speculation.drafters.head import COUNTS_FILE
+from evospec.engine.speculation.drafters.session_head import GRAPH_FILE
 
 _SIZES = (1024, 2048, 4096, 8192, 16384, 32768)
 
@@ -75,7 +75,7 @@ def main(
     data = data_directory(files.name)
     shards = shard_paths(data)
     if not shards:
-        raise ModelError(f"{data}: no conversations; python -m adapters.training.generate makes them")
+        raise ModelError(f"{data}: no conversations; python -m evospec.adapters.training.generate makes them")
     counts = count_answers(shards, validate_model_files(files).vocab_size)
     path = write_counts(counts, output or DRAFTS / files.name)
     print(f"{path}: {int(counts.sum()):,} tokens, {int((counts > 0).sum()):,} distinct ones")

@@ -16,13 +16,13 @@ import torch
 import typer
 from numpy.typing import NDArray
 
-from adapters.training.count import run, write_counts
-from engine.config import ModelConfig
-from engine.models.config import ModelError
-from engine.models.registry import resolve_model
-from engine.speculation.draft_files import DRAFTS
-from engine.speculation.drafters.head import COUNTS_FILE, read_token_counts
-from engine.text.tokenizer import Tokenizer
+from evospec.adapters.training.count import run, write_counts
+from evospec.engine.config import ModelConfig
+from evospec.engine.models.config import ModelError
+from evospec.engine.models.registry import resolve_model
+from evospec.engine.speculation.draft_files import DRAFTS
+from evospec.engine.speculation.drafters.head import COUNTS_FILE, read_token_counts
+from evospec.engine.text.tokenizer import Tokenizer
 
 DEFAULT_SHARE = 0.3
 """Best on answers held out (docs/training-a-draft.md)."""

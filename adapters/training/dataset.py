@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from adapters.chain_walk import ChainBatch
-from adapters.training.conversations import Conversation, open_features, read_shard
+from evospec.adapters.chain_walk import ChainBatch
+from evospec.adapters.training.conversations import Conversation, open_features, read_shard
 
 MAX_WINDOW = 448
 CONTEXT = 80

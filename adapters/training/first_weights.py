@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 import torch
 
-from engine.models.config import ModelSpec
-from engine.models.eagle3 import Eagle3
+from evospec.engine.models.config import ModelSpec
+from evospec.engine.models.eagle3 import Eagle3
 
 _SMALLEST = 1e-3
 

@@ -16,7 +16,7 @@ import structlog
 import torch
 import typer
 
-from adapters.training.conversations import (
+from evospec.adapters.training.conversations import (
     CACHE,
     Conversation,
     data_directory,
@@ -26,17 +26,24 @@ from adapters.training.conversations import (
     write_shard,
     written_keys,
 )
-from engine.batch import Features
-from engine.config import CacheConfig, EngineConfig, ModelConfig, RuntimeConfig, SchedulerConfig, SpeculationConfig
-from engine.core import EngineCore
-from engine.draft_vocab.vocab import DraftVocab
-from engine.messages import EngineOutput, EngineRequest, SamplingParams
-from engine.models.eagle3_config import recorded_layers
-from engine.models.registry import resolve_model, validate_model_files
-from engine.request import engine_request_id
-from engine.speculation.drafters.base import DraftCosts, Proposer
-from engine.step_plan import ScheduledSequence
-from engine.text.tokenizer import Tokenizer
+from evospec.engine.batch import Features
+from evospec.engine.config import (
+    CacheConfig,
+    EngineConfig,
+    ModelConfig,
+    RuntimeConfig,
+    SchedulerConfig,
+    SpeculationConfig,
+)
+from evospec.engine.core import EngineCore
+from evospec.engine.draft_vocab.vocab import DraftVocab
+from evospec.engine.messages import EngineOutput, EngineRequest, SamplingParams
+from evospec.engine.models.eagle3_config import recorded_layers
+from evospec.engine.models.registry import resolve_model, validate_model_files
+from evospec.engine.request import engine_request_id
+from evospec.engine.speculation.drafters.base import DraftCosts, Proposer
+from evospec.engine.step_plan import ScheduledSequence
+from evospec.engine.text.tokenizer import Tokenizer
 
 log = structlog.get_logger(__name__)
 

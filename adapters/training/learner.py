@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from adapters.chain_walk import ChainWalk
-from adapters.target_parts import TargetParts, with_others
-from adapters.training.dataset import Batch
-from adapters.training.head_loss import head_loss
-from engine.models.eagle3 import Eagle3
+from evospec.adapters.chain_walk import ChainWalk
+from evospec.adapters.target_parts import TargetParts, with_others
+from evospec.adapters.training.dataset import Batch
+from evospec.adapters.training.head_loss import head_loss
+from evospec.engine.models.eagle3 import Eagle3
 
 _CHUNK = 512
 _CORE_ROWS, _RANDOM_ROWS = 2048, 2048

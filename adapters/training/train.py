@@ -20,20 +20,20 @@ import structlog
 import torch
 import typer
 
-from adapters.target_parts import fastest_dtype, target_parts
-from adapters.training.checkpoint import TrainingProgress, load_checkpoint, save_checkpoint
-from adapters.training.conversations import data_directory, shard_paths, text_directory
-from adapters.training.dataset import Batch, Dataset
-from adapters.training.first_weights import fit_to_features, init_from_target
-from adapters.training.learner import Learner, most_frequent
-from engine.config import ModelConfig
-from engine.machine import available_cores
-from engine.models.config import ModelError, ModelFiles, ModelSpec
-from engine.models.eagle3 import Eagle3, load_draft, save_draft
-from engine.models.eagle3_config import Eagle3Config, recorded_layers
-from engine.models.registry import resolve_model, validate_model_files
-from engine.models.weights import open_weights
-from engine.speculation.draft_files import DRAFTS
+from evospec.adapters.target_parts import fastest_dtype, target_parts
+from evospec.adapters.training.checkpoint import TrainingProgress, load_checkpoint, save_checkpoint
+from evospec.adapters.training.conversations import data_directory, shard_paths, text_directory
+from evospec.adapters.training.dataset import Batch, Dataset
+from evospec.adapters.training.first_weights import fit_to_features, init_from_target
+from evospec.adapters.training.learner import Learner, most_frequent
+from evospec.engine.config import ModelConfig
+from evospec.engine.machine import available_cores
+from evospec.engine.models.config import ModelError, ModelFiles, ModelSpec
+from evospec.engine.models.eagle3 import Eagle3, load_draft, save_draft
+from evospec.engine.models.eagle3_config import Eagle3Config, recorded_layers
+from evospec.engine.models.registry import resolve_model, validate_model_files
+from evospec.engine.models.weights import open_weights
+from evospec.engine.speculation.draft_files import DRAFTS
 
 log = structlog.get_logger(__name__)
 
@@ -105,7 +105,7 @@ class Trainer:
         shape = Eagle3Config.for_target(spec, files.name, config.capture_layers, config.intermediate_size)
         self._validation = self._validation_batches()
         if not self._dataset.windows or not self._validation:
-            raise ModelError(f"{data}: too few conversations; python -m adapters.training.generate makes them")
+            raise ModelError(f"{data}: too few conversations; python -m evospec.adapters.training.generate makes them")
         if config.start_from is None:
             draft = Eagle3(shape)
             init_from_target(draft, source.dequantized, spec)

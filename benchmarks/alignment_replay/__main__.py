@@ -18,15 +18,15 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from adapters.alignment.chains import ChainDrafter
 from benchmarks.alignment_replay.recordings import recorded
 from benchmarks.alignment_replay.worker import Replay, acceptance_length, configured
 from benchmarks.common.draft_traces import load_parts
 from benchmarks.prompts.sets import short
 from benchmarks.prompts.streams import STREAM_DOMAINS, read_stream, stream_and_trial
-from engine.config import ModelConfig
-from engine.models.registry import resolve_model
-from engine.text.tokenizer import Tokenizer
+from evospec.adapters.alignment.chains import ChainDrafter
+from evospec.engine.config import ModelConfig
+from evospec.engine.models.registry import resolve_model
+from evospec.engine.text.tokenizer import Tokenizer
 
 
 def main(

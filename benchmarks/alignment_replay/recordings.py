@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from rich.progress import track
 
-from adapters.alignment.chains import ChainDrafter, SegmentBatch
 from benchmarks.common.draft_traces import Head, answers, kept, load_parts
 from benchmarks.prompts.build import Prompt
+from evospec.adapters.alignment.chains import ChainDrafter, SegmentBatch
 
 DEPTH, TOP_K = 4, 16
 """Draft tokens of a chain, and tokens of the target's distribution that are kept."""

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import torch
 
-from adapters.alignment.aligner import KeyAligner
-from adapters.alignment.chains import ChainDrafter
-from adapters.alignment.records import Assembler
-from adapters.alignment.replay import starts_chains, teaches
-from adapters.alignment.store import AdapterStore
-from adapters.alignment.updates import Updater
 from benchmarks.alignment_replay.recordings import DEPTH, Recording, drafted_right
-from engine.adapters_config import AdaptersConfig
-from engine.online.feature_ring import FeatureRing, FeatureRingReader
-from engine.online.verify_record import VerifyRecord, pack_ids, pack_top_k
+from evospec.adapters.alignment.aligner import KeyAligner
+from evospec.adapters.alignment.chains import ChainDrafter
+from evospec.adapters.alignment.records import Assembler
+from evospec.adapters.alignment.replay import starts_chains, teaches
+from evospec.adapters.alignment.store import AdapterStore
+from evospec.adapters.alignment.updates import Updater
+from evospec.engine.adapters_config import AdaptersConfig
+from evospec.engine.online.feature_ring import FeatureRing, FeatureRingReader
+from evospec.engine.online.verify_record import VerifyRecord, pack_ids, pack_top_k
 
 _KEY = "replay"
 _ALWAYS_PAYS = 1e30

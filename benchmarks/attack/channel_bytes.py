@@ -22,10 +22,10 @@ import torch
 
 from benchmarks.attack.bars import exactly
 from benchmarks.attack.forge_channel import Channel
-from engine.online.feature_ring import FeatureRing, FeatureRingReader
-from engine.online.shared_file import SharedMemoryError
-from engine.online.weight_channel import WeightChannel, WeightWriter
-from engine.online.weight_layout import TensorSpec, WeightLayout
+from evospec.engine.online.feature_ring import FeatureRing, FeatureRingReader
+from evospec.engine.online.shared_file import SharedMemoryError
+from evospec.engine.online.weight_channel import WeightChannel, WeightWriter
+from evospec.engine.online.weight_layout import TensorSpec, WeightLayout
 
 BARS = {"unexpected_errors": exactly(0), "wrong_weights": exactly(0)}
 

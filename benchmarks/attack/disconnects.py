@@ -10,7 +10,7 @@ from pathlib import Path
 from benchmarks.attack.bars import Bar, exactly
 from benchmarks.attack.clients import COMPLETIONS
 from benchmarks.attack.server import ATTACKER, MODEL, VICTIM, Server, serving
-from server.bench.stream import StreamResult, stream
+from evospec.server.bench.stream import StreamResult, stream
 
 _STREAMS, _LEAVERS, _LEAVERS_AT_ONCE = 200, 500, 50
 _PATIENCE = 10.0

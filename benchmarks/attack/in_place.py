@@ -17,13 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.attack.bars import at_most
-from engine.config import ModelConfig
-from engine.messages import Grammar
-from engine.models.registry import resolve_model
-from engine.sampling.grammar import GrammarCompiler, GrammarMatcher
-from engine.sampling.json_schema import GrammarError
-from engine.sampling.ordinary_schema import is_ordinary
-from engine.text.tokenizer import Tokenizer
+from evospec.engine.config import ModelConfig
+from evospec.engine.messages import Grammar
+from evospec.engine.models.registry import resolve_model
+from evospec.engine.sampling.grammar import GrammarCompiler, GrammarMatcher
+from evospec.engine.sampling.json_schema import GrammarError
+from evospec.engine.sampling.ordinary_schema import is_ordinary
+from evospec.engine.text.tokenizer import Tokenizer
 
 BARS = {"longest_mask_us": at_most(1000), "longest_token_us": at_most(1000)}
 _TRIES = 3

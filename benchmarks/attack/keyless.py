@@ -17,7 +17,7 @@ from benchmarks.attack.clients import ask
 from benchmarks.attack.server import LIMITED, MODEL, REQUESTS_PER_MINUTE, Server, serving
 from benchmarks.common.process import fetch
 from benchmarks.common.threads import beside
-from server.bench.load import percentiles
+from evospec.server.bench.load import percentiles
 
 _CONNECTIONS = (1, 2, 4)
 _REQUESTS, _AT_ONCE = 60, 20

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 
 from benchmarks.common.process import LOGS, Launch, memory, metrics, running
-from server.tenants import hash_key, new_key
+from evospec.server.tenants import hash_key, new_key
 
 MODEL = "smollm2-135m"
 ATTACKER, VICTIM, OTHER, METRICS = "acme", "bravo", "charlie", "prometheus"
@@ -64,7 +64,7 @@ def serving(source: Path, name: str, *options: str) -> Iterator[Server]:
         keys = write_keys(keys_file)
         common = ["--model", MODEL, "--keys-file", str(keys_file), "--log.format", "json"]
         # The console script would import the checkout that is installed.
-        command = [sys.executable, "-c", "from server.cli import main; main()", "serve", *common, *options]
+        command = [sys.executable, "-c", "from evospec.server.cli import main; main()", "serve", *common, *options]
         environment = {"PYTHONPATH": str(source), "PYTHONUNBUFFERED": "1"}
         with running(lambda port: Launch([*command, "--port", str(port)], environment, source), log) as (url, process):
             yield Server(url, process, keys, LOGS / f"{log}.log")

@@ -16,23 +16,23 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from adapters.target_parts import TargetParts, fastest_dtype, load_target_parts
-from adapters.training.dataset import Batch
-from adapters.training.generate import FeatureRecorder
-from adapters.training.learner import Unroller
 from benchmarks.common.in_process import CLIENT, Engine, Turn, engine_config, take_turns
 from benchmarks.prompts.build import Prompt
 from benchmarks.prompts.sources import CACHE
 from benchmarks.prompts.streams import trial_prompts
-from engine.config import ModelConfig, SpeculationConfig
-from engine.messages import SamplingParams
-from engine.models import eagle3
-from engine.models.eagle3 import Eagle3
-from engine.models.eagle3_config import recorded_layers
-from engine.models.registry import resolve_model, validate_model_files
-from engine.request import engine_request_id
-from engine.speculation.draft_files import DRAFTS
-from engine.text.tokenizer import Tokenizer
+from evospec.adapters.target_parts import TargetParts, fastest_dtype, load_target_parts
+from evospec.adapters.training.dataset import Batch
+from evospec.adapters.training.generate import FeatureRecorder
+from evospec.adapters.training.learner import Unroller
+from evospec.engine.config import ModelConfig, SpeculationConfig
+from evospec.engine.messages import SamplingParams
+from evospec.engine.models import eagle3
+from evospec.engine.models.eagle3 import Eagle3
+from evospec.engine.models.eagle3_config import recorded_layers
+from evospec.engine.models.registry import resolve_model, validate_model_files
+from evospec.engine.request import engine_request_id
+from evospec.engine.speculation.draft_files import DRAFTS
+from evospec.engine.text.tokenizer import Tokenizer
 
 DEPTH, WIDTH, TARGET_TOP_K = 4, 512, 10
 """Draft tokens of a chain, and how many of the draft's and of the target's most likely tokens are kept."""

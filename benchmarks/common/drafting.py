@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from benchmarks.common.in_process import engine_config
-from engine.config import EngineConfig, SpeculationConfig
+from evospec.engine.config import EngineConfig, SpeculationConfig
 
 NONE = "none"
 FIXED_LENGTH = 4

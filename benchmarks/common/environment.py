@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from benchmarks.common.machine import provenance
-from engine.config import RuntimeConfig
-from kernels import native
+from evospec.engine.config import RuntimeConfig
+from evospec.kernels import native
 
 
 def environment() -> dict[str, Any]:

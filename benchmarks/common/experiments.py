@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from functools import partial
 
-from server import cli
-from server.settings import load_settings
+from evospec.server import cli
+from evospec.server.settings import load_settings
 
 
 def main() -> None:

@@ -13,13 +13,13 @@ from itertools import count
 from typing import Protocol, TypeVar
 
 from benchmarks.prompts.build import Prompt
-from engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig, SpeculationConfig
-from engine.core import EngineCore
-from engine.loader import LoadedModel, load
-from engine.messages import EngineOutput, EngineRequest, SamplingParams, SessionState, StepTimings
-from engine.models.registry import resolve_model, validate_model_files
-from engine.speculation.drafters.base import Draft
-from engine.text.tokenizer import Tokenizer
+from evospec.engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig, SpeculationConfig
+from evospec.engine.core import EngineCore
+from evospec.engine.loader import LoadedModel, load
+from evospec.engine.messages import EngineOutput, EngineRequest, SamplingParams, SessionState, StepTimings
+from evospec.engine.models.registry import resolve_model, validate_model_files
+from evospec.engine.speculation.drafters.base import Draft
+from evospec.engine.text.tokenizer import Tokenizer
 
 PARTS = ("draft", "verify", "sample", "overhead")
 """Of a step, as in the metric ``evospec:engine_step_seconds``."""

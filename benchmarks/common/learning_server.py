@@ -14,8 +14,8 @@ from typing import Any
 from urllib.parse import quote
 
 from benchmarks.common.process import Launch, fetch, running
-from server.bench.stream import Speculation, stream
-from server.tenants import hash_key
+from evospec.server.bench.stream import Speculation, stream
+from evospec.server.tenants import hash_key
 
 
 def verification_length(answers: Iterable[Mapping[str, Any]]) -> float:

@@ -24,7 +24,7 @@ LOGS = Path.home() / ".cache" / "evospec" / "bench-logs"
 START_TIMEOUT = 420.0
 STOP_TIMEOUT = 20.0
 QUIET_PERCENT = 5.0
-_ROLES = {"engine.process": "engine", "grammar_process": "grammar", "adapters.": "worker", "valkey": "valkey"}
+_ROLES = {"evospec.engine.process": "engine", "grammar_process": "grammar", "adapters.": "worker", "valkey": "valkey"}
 
 
 @dataclass(frozen=True)

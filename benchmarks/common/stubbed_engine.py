@@ -40,21 +40,21 @@ from benchmarks.common.stubbed_networks import (
     stub,
 )
 from benchmarks.prompts.build import read_eval
-from engine.config import CacheConfig, EngineConfig
-from engine.core import EngineCore
-from engine.loader import LoadedModel
-from engine.model_runner import attention_spec
-from engine.models.config import LayerSpec, Rope
-from engine.models.eagle3_config import Eagle3Config
-from engine.models.registry import resolve_model, validate_model_files
-from engine.speculation.build import make_head
-from engine.speculation.draft_files import DRAFTS
-from engine.speculation.drafters.base import DraftCosts
-from engine.speculation.drafters.eagle import EagleDraft, EagleProposer
-from engine.speculation.drafters.eagle_network import EagleNetwork
-from engine.speculation.drafters.head import DraftHead
-from engine.text.tokenizer import Tokenizer
-from kernels.head_rows import Core, TailSlabs
+from evospec.engine.config import CacheConfig, EngineConfig
+from evospec.engine.core import EngineCore
+from evospec.engine.loader import LoadedModel
+from evospec.engine.model_runner import attention_spec
+from evospec.engine.models.config import LayerSpec, Rope
+from evospec.engine.models.eagle3_config import Eagle3Config
+from evospec.engine.models.registry import resolve_model, validate_model_files
+from evospec.engine.speculation.build import make_head
+from evospec.engine.speculation.draft_files import DRAFTS
+from evospec.engine.speculation.drafters.base import DraftCosts
+from evospec.engine.speculation.drafters.eagle import EagleDraft, EagleProposer
+from evospec.engine.speculation.drafters.eagle_network import EagleNetwork
+from evospec.engine.speculation.drafters.head import DraftHead
+from evospec.engine.text.tokenizer import Tokenizer
+from evospec.kernels.head_rows import Core, TailSlabs
 
 DOMAINS = ["code", "general"]
 NEW_TOKENS, QUOTED_TOKENS = 24, 16
@@ -90,14 +90,14 @@ class Texts:
     def said(self) -> Iterator[None]:
         """Put the stubs of the kernels in their place for as long as the context lasts."""
         with (
-            patch("kernels.choose_tokens.choose_tokens", self._choose),
-            patch("engine.speculation.drafters.head.draft_head_topk", self._candidates),
-            patch("engine.speculation.drafters.gpu_head.draft_head_topk", self._candidates),
-            patch("engine.speculation.drafters.gpu_head.GpuPrior", StubPrior),
-            patch("engine.speculation.drafters.gpu_chain.CudaGraphRecorder", StubRecorder),
-            patch("engine.step_graphs.CudaGraphRecorder", StubRecorder),
-            patch("engine.attention.flashinfer.FlashInferAttention", StubAttention),
-            patch("engine.draft_vocab.vocab.topk_rows_on_host", self._likely),
+            patch("evospec.kernels.choose_tokens.choose_tokens", self._choose),
+            patch("evospec.engine.speculation.drafters.head.draft_head_topk", self._candidates),
+            patch("evospec.engine.speculation.drafters.gpu_head.draft_head_topk", self._candidates),
+            patch("evospec.engine.speculation.drafters.gpu_head.GpuPrior", StubPrior),
+            patch("evospec.engine.speculation.drafters.gpu_chain.CudaGraphRecorder", StubRecorder),
+            patch("evospec.engine.step_graphs.CudaGraphRecorder", StubRecorder),
+            patch("evospec.engine.attention.flashinfer.FlashInferAttention", StubAttention),
+            patch("evospec.engine.draft_vocab.vocab.topk_rows_on_host", self._likely),
         ):
             yield
 

@@ -9,10 +9,10 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-from engine.attention.base import AttentionBackend, AttentionSpec
-from engine.batch import Features, ForwardBatch, ForwardOutput
-from engine.models.decoder import HeadSlab
-from kernels.session_memory import DraftedRounds
+from evospec.engine.attention.base import AttentionBackend, AttentionSpec
+from evospec.engine.batch import Features, ForwardBatch, ForwardOutput
+from evospec.engine.models.decoder import HeadSlab
+from evospec.kernels.session_memory import DraftedRounds
 
 HIDDEN = 8
 """Width of the hidden states, which nobody multiplies."""

@@ -13,17 +13,17 @@ from dataclasses import replace
 
 import torch
 
-from adapters.alignment import worker
-from adapters.alignment.chains import ChainDrafter, ChainStep, SegmentBatch
-from adapters.alignment.updates import Updater
 from benchmarks.common import experiments
-from engine.adapters_config import AdaptersConfig
-from engine.online.whole_draft import whole_layout
-from server import processes
+from evospec.adapters.alignment import worker
+from evospec.adapters.alignment.chains import ChainDrafter, ChainStep, SegmentBatch
+from evospec.adapters.alignment.updates import Updater
+from evospec.engine.adapters_config import AdaptersConfig
+from evospec.engine.online.whole_draft import whole_layout
+from evospec.server import processes
 
 _RATE = 0.01
 """All weights at once need smaller steps than two thin matrices, one of them zero at first."""
-_ENGINE, _WORKER = "engine.process", "adapters.alignment.worker"
+_ENGINE, _WORKER = "evospec.engine.process", "evospec.adapters.alignment.worker"
 
 
 class FullParameterUpdater(Updater):

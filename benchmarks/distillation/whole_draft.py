@@ -1,20 +1,20 @@
 """The engine's end of full-parameter online distillation: versions of the whole draft, in place of its own weights.
 
-``python -m benchmarks.distillation.whole_draft`` is ``python -m engine.process`` with it.
+``python -m benchmarks.distillation.whole_draft`` is ``python -m evospec.engine.process`` with it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from engine import process
-from engine.adapters_config import AdaptersConfig
-from engine.draft_state import BASE, Assignment
-from engine.models.config import ModelError
-from engine.models.eagle3 import Eagle3
-from engine.online.whole_draft import WholeDraft
-from engine.request import Request
-from engine.speculation import build
+from evospec.engine import process
+from evospec.engine.adapters_config import AdaptersConfig
+from evospec.engine.draft_state import BASE, Assignment
+from evospec.engine.models.config import ModelError
+from evospec.engine.models.eagle3 import Eagle3
+from evospec.engine.online.whole_draft import WholeDraft
+from evospec.engine.request import Request
+from evospec.engine.speculation import build
 
 
 class DistilledDraft(WholeDraft):

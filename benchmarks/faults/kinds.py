@@ -14,9 +14,9 @@ from pathlib import Path
 import psutil
 
 from benchmarks.faults.server import ENGINE, RING_ROWS, VALKEY, WORKER, Server, State
-from engine.online.feature_ring import FeatureRingReader
-from engine.online.shared_file import SharedFile, SharedMemoryError
-from engine.online.weight_channel import WeightChannel, WeightWriter
+from evospec.engine.online.feature_ring import FeatureRingReader
+from evospec.engine.online.shared_file import SharedFile, SharedMemoryError
+from evospec.engine.online.weight_channel import WeightChannel, WeightWriter
 
 _WAIT_SECONDS = 20.0
 _SLICE_SECONDS = 3e-4

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
-from engine.adapters_config import AdaptersConfig
-from engine.models.eagle3 import load_draft
-from engine.models.lora import draft_fingerprint, lora_layout
-from engine.online.weight_layout import WeightLayout
+from evospec.engine.adapters_config import AdaptersConfig
+from evospec.engine.models.eagle3 import load_draft
+from evospec.engine.models.lora import draft_fingerprint, lora_layout
+from evospec.engine.online.weight_layout import WeightLayout
 from tests.tiny_drafts import make_draft_directory
 from tests.tiny_models import VOCAB_SIZE, make_directory
 

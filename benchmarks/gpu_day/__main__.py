@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from engine.gpu import search_path
+from evospec.engine.gpu import search_path
 
 _PYTHON = sys.executable
 _PYTEST = (_PYTHON, "-m", "pytest", "-q", "--durations=5")

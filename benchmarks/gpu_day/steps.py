@@ -20,16 +20,23 @@ import torch
 import typer
 from safetensors.torch import save_file
 
-from engine import loader
-from engine.config import CacheConfig, EngineConfig, ModelConfig, RuntimeConfig, SchedulerConfig, SpeculationConfig
-from engine.core import EngineCore
-from engine.messages import EngineRequest, SamplingParams
-from engine.models.config import ModelFiles, ModelSpec
-from engine.models.eagle3 import Eagle3, save_draft
-from engine.models.eagle3_config import Eagle3Config
-from engine.models.families.known import spec_from_config
-from engine.models.weights import ALL, QuantizedTensor, WeightSource
-from engine.speculation.drafters.head import COUNTS_FILE
+from evospec.engine import loader
+from evospec.engine.config import (
+    CacheConfig,
+    EngineConfig,
+    ModelConfig,
+    RuntimeConfig,
+    SchedulerConfig,
+    SpeculationConfig,
+)
+from evospec.engine.core import EngineCore
+from evospec.engine.messages import EngineRequest, SamplingParams
+from evospec.engine.models.config import ModelFiles, ModelSpec
+from evospec.engine.models.eagle3 import Eagle3, save_draft
+from evospec.engine.models.eagle3_config import Eagle3Config
+from evospec.engine.models.families.known import spec_from_config
+from evospec.engine.models.weights import ALL, QuantizedTensor, WeightSource
+from evospec.engine.speculation.drafters.head import COUNTS_FILE
 from tests.tiny_models import make_directory, tiny_config
 
 SHAPES: dict[str, dict[str, int]] = {

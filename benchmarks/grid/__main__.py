@@ -27,7 +27,7 @@ from benchmarks.prompts.build import Messages
 from benchmarks.prompts.sets import evaluation_files, read_sets
 from benchmarks.vocabulary.hard_switch import switch_hard
 from benchmarks.vocabulary.modes import Mode
-from engine.messages import SamplingParams
+from evospec.engine.messages import SamplingParams
 
 
 def make_engines(sides: Mapping[str, Mode]) -> dict[str, Engine]:

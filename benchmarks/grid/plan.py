@@ -8,7 +8,7 @@ from itertools import product
 
 from benchmarks.common.drafting import NONE, Drafting
 from benchmarks.vocabulary.modes import FR_SPEC, FULL, HARD_SWITCH, NANOSPEC, Mode, make_mode, sizes_of
-from engine.config import MAX_TAIL_TOKENS
+from evospec.engine.config import MAX_TAIL_TOKENS
 
 DEFAULT, LOOKUP = "default", "prompt lookup"
 

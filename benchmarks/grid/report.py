@@ -17,7 +17,7 @@ from rich.table import Table
 
 from benchmarks.common.bootstrap import interval
 from benchmarks.grid.plan import DEFAULT
-from server.bench.load import percentiles
+from evospec.server.bench.load import percentiles
 
 Requests = Sequence[Mapping[str, Any]]
 MOST_IN_LOOPS = 0.1

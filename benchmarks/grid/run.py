@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.common.in_process import PARTS, Engine, Turn
-from engine.messages import EngineOutput, SamplingParams
+from evospec.engine.messages import EngineOutput, SamplingParams
 
 
 @dataclass

@@ -18,10 +18,10 @@ from benchmarks.common.in_process import Engine, Turn, engine_config
 from benchmarks.prompts.build import Prompt, read_eval, shingles, shingles_of, training_prompt, write
 from benchmarks.prompts.sources import CACHE
 from benchmarks.prompts.text import LEFT_OUT
-from engine.config import SchedulerConfig, SpeculationConfig
-from engine.messages import SamplingParams
-from engine.models.registry import resolve_model
-from engine.text.tokenizer import Tokenizer
+from evospec.engine.config import SchedulerConfig, SpeculationConfig
+from evospec.engine.messages import SamplingParams
+from evospec.engine.models.registry import resolve_model
+from evospec.engine.text.tokenizer import Tokenizer
 
 LICENCE = "Apache-2.0"
 TEMPERATURE, TOP_P = 1.0, 0.9

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.prompts.build import Messages, Prompt, in_turn, read_eval, shingles
-from engine.config import ModelConfig
-from engine.models.registry import resolve_model
-from engine.text.tokenizer import Tokenizer
+from evospec.engine.config import ModelConfig
+from evospec.engine.models.registry import resolve_model
+from evospec.engine.text.tokenizer import Tokenizer
 
 HUMANEVAL = "human-eval"
 DATA = Path(__file__).parents[3] / "shared" / "data"

@@ -14,9 +14,9 @@ from pathlib import Path
 from benchmarks.prompts.build import EVAL_PATH, Prompt, build_train, in_turn, read, shuffled, write
 from benchmarks.prompts.sets import short
 from benchmarks.prompts.sources import CACHE, SOURCES
-from engine.config import ModelConfig
-from engine.models.registry import resolve_model
-from engine.text.tokenizer import Tokenizer
+from evospec.engine.config import ModelConfig
+from evospec.engine.models.registry import resolve_model
+from evospec.engine.text.tokenizer import Tokenizer
 
 STREAM_PATH = CACHE / "stream.jsonl"
 STREAM_DOMAINS = ("code", "law", "medicine")

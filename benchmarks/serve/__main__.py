@@ -22,8 +22,8 @@ from benchmarks.prompts.build import Messages, read_eval
 from benchmarks.prompts.sets import evaluation_files, read_sets
 from benchmarks.serve.peers import SIDES, Side
 from benchmarks.serve.report import plot, summary_tables
-from server.bench.load import LoadOptions, LoadReport, run_load
-from server.bench.stream import stream
+from evospec.server.bench.load import LoadOptions, LoadReport, run_load
+from evospec.server.bench.stream import stream
 
 WARMUP_TOKENS = 16
 WARMUP_PROMPTS = [prompt.messages for prompt in read_eval()]

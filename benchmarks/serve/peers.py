@@ -17,8 +17,8 @@ from typing import ClassVar, Protocol
 
 from benchmarks.common.machine import REPOSITORY
 from benchmarks.common.process import Launch
-from engine.config import ModelConfig
-from engine.models.registry import resolve_model
+from evospec.engine.config import ModelConfig
+from evospec.engine.models.registry import resolve_model
 
 PEERS = Path.home() / ".cache" / "evospec" / "peers"
 CONVERT = Path(__file__).with_name("convert.py")

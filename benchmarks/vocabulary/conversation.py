@@ -20,7 +20,7 @@ from benchmarks.prompts.build import Prompt
 from benchmarks.prompts.sets import DOMAINS, short_prompts
 from benchmarks.vocabulary.modes import sizes_of
 from benchmarks.vocabulary.sessions import Ask, Labels, answers, make_sides, recorded
-from server.bench.load import percentiles
+from evospec.server.bench.load import percentiles
 
 MAX_TOKENS = 48
 QUESTIONS_IN_A_ROW = 10

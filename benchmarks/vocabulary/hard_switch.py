@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from engine.batch import Features
-from engine.core import EngineCore
-from engine.draft_vocab.running_texts import RunningTexts
-from engine.request import Request
-from engine.speculation.drafters.base import Proposer
-from engine.speculation.drafters.lookup import MAX_TEXTS, NgramProposer
-from engine.step_plan import DraftSlot, ScheduledSequence
-from kernels.native_chain import StopRule
+from evospec.engine.batch import Features
+from evospec.engine.core import EngineCore
+from evospec.engine.draft_vocab.running_texts import RunningTexts
+from evospec.engine.request import Request
+from evospec.engine.speculation.drafters.base import Proposer
+from evospec.engine.speculation.drafters.lookup import MAX_TEXTS, NgramProposer
+from evospec.engine.step_plan import DraftSlot, ScheduledSequence
+from evospec.kernels.native_chain import StopRule
 
 
 class HardSwitch(Proposer):

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 from benchmarks.common.drafting import Drafting
 from benchmarks.common.in_process import engine_config
-from engine.config import MAX_TAIL_TOKENS, CacheConfig, EngineConfig, ModelConfig, SpeculationConfig
-from engine.models.registry import resolve_model
-from engine.speculation.build import default_vocabulary
-from engine.text.tokenizer import Tokenizer
+from evospec.engine.config import MAX_TAIL_TOKENS, CacheConfig, EngineConfig, ModelConfig, SpeculationConfig
+from evospec.engine.models.registry import resolve_model
+from evospec.engine.speculation.build import default_vocabulary
+from evospec.engine.text.tokenizer import Tokenizer
 
 FULL = "full"
 FR_SPEC = "fr-spec:"

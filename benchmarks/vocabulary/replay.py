@@ -22,21 +22,21 @@ from benchmarks.common.acceptance import table
 from benchmarks.common.draft_traces import DEPTH, Trace, recorded
 from benchmarks.common.drafting import Drafting
 from benchmarks.vocabulary.modes import FR_SPEC, FULL, Mode, make_mode, sizes_of
-from engine.config import ModelConfig, SpeculationConfig
-from engine.draft_state import DraftSource
-from engine.draft_vocab.bigram_graph import BigramGraph
-from engine.draft_vocab.resources import LIGHT_DRAFT_WEIGHTS, Resources, core_mask
-from engine.draft_vocab.running_texts import RunningTexts
-from engine.draft_vocab.vocab import DraftVocab
-from engine.messages import SamplingParams, SessionState
-from engine.models.registry import resolve_model
-from engine.request import Request
-from engine.speculation.build import counts_directory
-from engine.speculation.drafters.head import CANDIDATES, read_token_counts, static_vocabulary
-from engine.speculation.drafters.session_head import GRAPH_FILE
-from engine.step_plan import ScheduledSequence
-from engine.text.tokenizer import Tokenizer
-from engine.verification import Verification
+from evospec.engine.config import ModelConfig, SpeculationConfig
+from evospec.engine.draft_state import DraftSource
+from evospec.engine.draft_vocab.bigram_graph import BigramGraph
+from evospec.engine.draft_vocab.resources import LIGHT_DRAFT_WEIGHTS, Resources, core_mask
+from evospec.engine.draft_vocab.running_texts import RunningTexts
+from evospec.engine.draft_vocab.vocab import DraftVocab
+from evospec.engine.messages import SamplingParams, SessionState
+from evospec.engine.models.registry import resolve_model
+from evospec.engine.request import Request
+from evospec.engine.speculation.build import counts_directory
+from evospec.engine.speculation.drafters.head import CANDIDATES, read_token_counts, static_vocabulary
+from evospec.engine.speculation.drafters.session_head import GRAPH_FILE
+from evospec.engine.step_plan import ScheduledSequence
+from evospec.engine.text.tokenizer import Tokenizer
+from evospec.engine.verification import Verification
 
 _GREEDY = SamplingParams(max_tokens=1, seed=0, temperature=0.0)
 

@@ -18,8 +18,8 @@ from benchmarks.common.machine import RESULTS
 from benchmarks.prompts.build import Messages
 from benchmarks.vocabulary.hard_switch import switch_hard
 from benchmarks.vocabulary.modes import Mode, make_mode, sizes_of
-from engine.loader import LoadedModel
-from engine.messages import EngineReady, SamplingParams, SessionState
+from evospec.engine.loader import LoadedModel
+from evospec.engine.messages import EngineReady, SamplingParams, SessionState
 
 CONVERSATION_TOKENS = 600
 """A conversation's prompt leaves its oldest turns out beyond."""

@@ -20,9 +20,9 @@ from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle
 
-from server.errors import ApiError
-from server.processes import wait_until_healthy
-from server.supervisor import SupervisedProcess
+from evospec.server.errors import ApiError
+from evospec.server.processes import wait_until_healthy
+from evospec.server.supervisor import SupervisedProcess
 
 _PER_CONNECTION = {b"connection", b"host", b"keep-alive", b"te", b"trailer", b"transfer-encoding", b"upgrade"}
 """Headers that are not passed on."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.batch import ForwardBatch
+from evospec.engine.batch import ForwardBatch
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from engine.attention.base import AttentionBackend, AttentionSpec
-from engine.batch import ForwardBatch
-from engine.gpu_memory import ATTENTION_WORKSPACE
-from engine.models.config import ModelError
-from kernels.upload import upload
+from evospec.engine.attention.base import AttentionBackend, AttentionSpec
+from evospec.engine.batch import ForwardBatch
+from evospec.engine.gpu_memory import ATTENTION_WORKSPACE
+from evospec.engine.models.config import ModelError
+from evospec.kernels.upload import upload
 
 _LAYOUT = "NHD"
 _HEAD_DIMS = (64, 128, 256)

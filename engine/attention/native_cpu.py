@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from engine.attention.base import AttentionBackend, AttentionSpec
-from engine.batch import ForwardBatch
-from kernels.native import Team
-from kernels.native_decoder import BatchView, KvCache, paged_attention
+from evospec.engine.attention.base import AttentionBackend, AttentionSpec
+from evospec.engine.batch import ForwardBatch
+from evospec.kernels.native import Team
+from evospec.kernels.native_decoder import BatchView, KvCache, paged_attention
 
 
 class NativeAttention(AttentionBackend):

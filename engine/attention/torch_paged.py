@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from engine.attention.base import AttentionBackend, AttentionSpec
-from engine.batch import ForwardBatch
+from evospec.engine.attention.base import AttentionBackend, AttentionSpec
+from evospec.engine.batch import ForwardBatch
 
 
 @dataclass(frozen=True)

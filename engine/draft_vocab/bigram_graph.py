@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from engine.models.config import ModelError
-from kernels.session_options import GraphArrays
+from evospec.engine.models.config import ModelError
+from evospec.kernels.session_options import GraphArrays
 
 MAX_OUT_DEGREE, MIN_COUNT, MIN_PROBABILITY = 64, 5, 1e-4
 """The paper's bounds on an edge u → v: its rank among u's, how often it was seen, p(v | u)."""

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kernels.native_sessions import Sessions
-from kernels.session_options import PRESENCE, WAYS, Table
+from evospec.kernels.native_sessions import Sessions
+from evospec.kernels.session_options import PRESENCE, WAYS, Table
 
 _HASH = 0x9E3779B97F4A7C15
 _ID_BITS = 31

@@ -9,15 +9,22 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from engine.config import DynamicConfig
-from engine.draft_state import TEXT_BEFORE
-from engine.draft_vocab.ngram_counts import restore, strongest
-from engine.draft_vocab.resources import LIGHT_DRAFT_WEIGHTS, Resources
-from engine.draft_vocab.snapshot import MAX_NGRAMS, SessionSnapshot, SnapshotError, decode, encode, make_snapshot
-from engine.messages import SessionState
-from engine.request import Request
-from kernels.native_sessions import Sessions
-from kernels.session_options import MAX_WEIGHT, NUM_FEATURES
+from evospec.engine.config import DynamicConfig
+from evospec.engine.draft_state import TEXT_BEFORE
+from evospec.engine.draft_vocab.ngram_counts import restore, strongest
+from evospec.engine.draft_vocab.resources import LIGHT_DRAFT_WEIGHTS, Resources
+from evospec.engine.draft_vocab.snapshot import (
+    MAX_NGRAMS,
+    SessionSnapshot,
+    SnapshotError,
+    decode,
+    encode,
+    make_snapshot,
+)
+from evospec.engine.messages import SessionState
+from evospec.engine.request import Request
+from evospec.kernels.native_sessions import Sessions
+from evospec.kernels.session_options import MAX_WEIGHT, NUM_FEATURES
 
 log = structlog.get_logger(__name__)
 

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.config import DynamicConfig
-from engine.draft_vocab.bigram_graph import BigramGraph
-from kernels.head_rows import TailMemory
-from kernels.session_options import SessionOptions
+from evospec.engine.config import DynamicConfig
+from evospec.engine.draft_vocab.bigram_graph import BigramGraph
+from evospec.kernels.head_rows import TailMemory
+from evospec.kernels.session_options import SessionOptions
 
 if TYPE_CHECKING:
-    from engine.draft_vocab.semantic import SemanticIndex
+    from evospec.engine.draft_vocab.semantic import SemanticIndex
 
 LIGHT_DRAFT_WEIGHTS = (0.5, 0.5, 1.0, 0.2, 1.5)
 """[NUM_FEATURES]: of ``prior`` fixed, and where the first session of a tenant begins with a light draft."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from engine.draft_state import NONE, TEXT_BEFORE
-from engine.request import Request
-from kernels.native_texts import Texts
-from kernels.session_library import TokenRows
+from evospec.engine.draft_state import NONE, TEXT_BEFORE
+from evospec.engine.request import Request
+from evospec.kernels.native_texts import Texts
+from evospec.kernels.session_library import TokenRows
 
 PROMPT_WINDOW = 4096
 """The last tokens of a prompt, which are looked at; fewer where there is a prediction, of which the first count."""

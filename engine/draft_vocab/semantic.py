@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from usearch.index import Index
 
-from engine.draft_state import DraftState
+from evospec.engine.draft_state import DraftState
 
 CONNECTIVITY = 32
 """M of the graph (the paper's)."""

@@ -12,9 +12,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.config import MAX_TAIL_TOKENS
-from engine.draft_vocab.ngram_counts import NgramCounts
-from kernels.session_options import HALF_LIFE, MAX_WEIGHT, NUM_FEATURES
+from evospec.engine.config import MAX_TAIL_TOKENS
+from evospec.engine.draft_vocab.ngram_counts import NgramCounts
+from evospec.kernels.session_options import HALF_LIFE, MAX_WEIGHT, NUM_FEATURES
 
 FORMAT = 2
 MAX_BYTES = 72 * 1024

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable
 
-from engine.draft_state import NONE
-from engine.request import Request
+from evospec.engine.draft_state import NONE
+from evospec.engine.request import Request
 
 MAX_OF_PROMPT = 4
 """Choices of a request that end together say much the same: what others say is lost to their session."""

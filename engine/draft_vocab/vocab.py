@@ -13,21 +13,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from engine.config import DynamicConfig
-from engine.draft_state import NONE
-from engine.draft_vocab.past import SessionPast, TenantTables
-from engine.draft_vocab.resources import Resources, session_options
-from engine.draft_vocab.running_texts import RunningTexts
-from engine.draft_vocab.step_ends import StepEnds
-from engine.messages import VocabularyCounts
-from engine.request import Request
-from engine.verification import Verification
-from kernels.native_sessions import LogitsOf, Sessions, TailWrites
-from kernels.session_library import DraftStep, TokenRows
-from kernels.topk import topk_rows_on_host
+from evospec.engine.config import DynamicConfig
+from evospec.engine.draft_state import NONE
+from evospec.engine.draft_vocab.past import SessionPast, TenantTables
+from evospec.engine.draft_vocab.resources import Resources, session_options
+from evospec.engine.draft_vocab.running_texts import RunningTexts
+from evospec.engine.draft_vocab.step_ends import StepEnds
+from evospec.engine.messages import VocabularyCounts
+from evospec.engine.request import Request
+from evospec.engine.verification import Verification
+from evospec.kernels.native_sessions import LogitsOf, Sessions, TailWrites
+from evospec.kernels.session_library import DraftStep, TokenRows
+from evospec.kernels.topk import topk_rows_on_host
 
 if TYPE_CHECKING:
-    from engine.draft_vocab.semantic import SemanticSearch
+    from evospec.engine.draft_vocab.semantic import SemanticSearch
 
 _NEW_BY_SEARCH = 32
 """Tokens that a search puts into a tail, at most."""
@@ -69,7 +69,7 @@ class DraftVocab:
         """What tails are to hold when they are drafted from next: a step writes to them once."""
         self._search: SemanticSearch | None = None
         if resources.semantic is not None:
-            from engine.draft_vocab.semantic import SemanticSearch  # which few want, and which takes a second
+            from evospec.engine.draft_vocab.semantic import SemanticSearch  # which few want, and which takes a second
 
             self._search = SemanticSearch(resources.semantic)
         self.has_tails = resources.slots > 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from engine.models.config import MAX_SIZE, ModelError
+from evospec.engine.models.config import MAX_SIZE, ModelError
 
 _Number = TypeVar("_Number", int, float)
 _MAX_NUMBER = 1e30

@@ -8,17 +8,17 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from engine.attention.base import AttentionBackend
-from engine.batch import ForwardBatch, ForwardOutput
-from engine.models.config import LayerSpec, ModelSpec, Rope
-from engine.models.mlp import MixtureOfExperts, Mlp
-from engine.models.projection import Projection
-from engine.models.weight_reader import WeightReader
-from engine.models.weights import WeightSource
-from engine.tensor_parallel.ranks import Ranks
-from kernels.between_products import add_and_norm, add_normed, prepare_heads, rms_norm, rotate
-from kernels.heads import HeadNorms, Heads, Rotation
-from kernels.native import PackedMatrix
+from evospec.engine.attention.base import AttentionBackend
+from evospec.engine.batch import ForwardBatch, ForwardOutput
+from evospec.engine.models.config import LayerSpec, ModelSpec, Rope
+from evospec.engine.models.mlp import MixtureOfExperts, Mlp
+from evospec.engine.models.projection import Projection
+from evospec.engine.models.weight_reader import WeightReader
+from evospec.engine.models.weights import WeightSource
+from evospec.engine.tensor_parallel.ranks import Ranks
+from evospec.kernels.between_products import add_and_norm, add_normed, prepare_heads, rms_norm, rotate
+from evospec.kernels.heads import HeadNorms, Heads, Rotation
+from evospec.kernels.native import PackedMatrix
 
 
 class RotaryEmbedding:

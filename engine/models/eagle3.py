@@ -26,11 +26,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from engine.models.config import ModelError
-from engine.models.eagle3_config import CONFIG_FILE, WEIGHTS_FILE, Eagle3Config, Variant, read_draft
-from kernels.batched_lora import LoraMatrix
-from kernels.between_products import add_and_norm, gated, prepare_heads, rms_norm
-from kernels.heads import HeadNorms, Heads, Rotation
+from evospec.engine.models.config import ModelError
+from evospec.engine.models.eagle3_config import CONFIG_FILE, WEIGHTS_FILE, Eagle3Config, Variant, read_draft
+from evospec.kernels.batched_lora import LoraMatrix
+from evospec.kernels.between_products import add_and_norm, gated, prepare_heads, rms_norm
+from evospec.kernels.heads import HeadNorms, Heads, Rotation
 
 
 class Additions(Protocol):

@@ -10,9 +10,9 @@ from typing import Literal
 
 import msgspec
 
-from engine.models.config import MAX_SIZE, ModelError, ModelSpec, Rope, check_heads
-from engine.models.quantization.base import FLOATS
-from engine.models.safetensors_spec import Header, read_header
+from evospec.engine.models.config import MAX_SIZE, ModelError, ModelSpec, Rope, check_heads
+from evospec.engine.models.quantization.base import FLOATS
+from evospec.engine.models.safetensors_spec import Header, read_header
 
 WEIGHTS_FILE = "draft.safetensors"
 CONFIG_FILE = "config.json"

@@ -11,11 +11,11 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.models.config import ModelError, ModelSpec
-from engine.models.config_keys import ConfigKeys
-from engine.models.eagle3_config import CONFIG_FILE, WEIGHTS_FILE, Eagle3Config, Variant, check_tensors
-from engine.models.rope_scaling import read_rope
-from engine.models.safetensors_spec import Header, config_file, read_header, read_json
+from evospec.engine.models.config import ModelError, ModelSpec
+from evospec.engine.models.config_keys import ConfigKeys
+from evospec.engine.models.eagle3_config import CONFIG_FILE, WEIGHTS_FILE, Eagle3Config, Variant, check_tensors
+from evospec.engine.models.rope_scaling import read_rope
+from evospec.engine.models.safetensors_spec import Header, config_file, read_header, read_json
 
 HEAD, EMBEDDING, TARGET_OFFSETS, DRAFTED = "lm_head.weight", "embed_tokens.weight", "d2t", "t2d"
 """Tensors besides those of the network. Token i of the draft's head is the target's i + d2t[i]; t2d [vocab] is true for

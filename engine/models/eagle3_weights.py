@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from engine.models.config import ModelError, ModelSpec
-from engine.models.eagle3 import Eagle3, frozen_draft, load_draft
-from engine.models.eagle3_config import Eagle3Config
-from engine.models.eagle3_import import (
+from evospec.engine.models.config import ModelError, ModelSpec
+from evospec.engine.models.eagle3 import Eagle3, frozen_draft, load_draft
+from evospec.engine.models.eagle3_config import Eagle3Config
+from evospec.engine.models.eagle3_import import (
     DRAFTED,
     EMBEDDING,
     HEAD,
@@ -23,7 +23,7 @@ from engine.models.eagle3_import import (
     plain_name,
     weight_files,
 )
-from engine.models.safetensors_spec import Header
+from evospec.engine.models.safetensors_spec import Header
 
 Rows = Callable[[torch.Tensor], torch.Tensor]
 _ROWS_COMPARED = 4096

@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 import msgspec
 
-from engine.models.config import ModelError
+from evospec.engine.models.config import ModelError
 
 _HUB_SECONDS = 10.0
 """Until a hub that does not answer is given up."""

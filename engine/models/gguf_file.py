@@ -19,7 +19,7 @@ import numpy.typing as npt
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from gguf.gguf_reader import GGUFReader
 
-from engine.models.config import ModelError
+from evospec.engine.models.config import ModelError
 
 _LENGTH = struct.Struct("<Q")
 _MAX_DIMS = 4

@@ -8,12 +8,12 @@ import numpy as np
 from gguf.constants import MODEL_ARCH, MODEL_ARCH_NAMES, GGMLQuantizationType
 from gguf.tensor_mapping import get_tensor_name_map
 
-from engine.models.config import ModelError, ModelSpec
-from engine.models.config_keys import ConfigKeys
-from engine.models.families.base import FULL, SLIDING, Family
-from engine.models.families.known import BY_GGUF_ARCHITECTURE, family_of, spec_from_config
-from engine.models.gguf_file import GGUFFile
-from engine.models.stored_tensors import stored_shapes
+from evospec.engine.models.config import ModelError, ModelSpec
+from evospec.engine.models.config_keys import ConfigKeys
+from evospec.engine.models.families.base import FULL, SLIDING, Family
+from evospec.engine.models.families.known import BY_GGUF_ARCHITECTURE, family_of, spec_from_config
+from evospec.engine.models.gguf_file import GGUFFile
+from evospec.engine.models.stored_tensors import stored_shapes
 
 _TYPES = {"F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"}
 _TYPES |= {"IQ4_NL", "IQ4_XS", "MXFP4"}

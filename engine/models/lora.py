@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
-from engine.adapters_config import LoraTarget
-from engine.models.eagle3_config import CONFIG_FILE, WEIGHTS_FILE, Eagle3Config
-from engine.online.weight_layout import TensorSpec, WeightLayout
-from kernels.batched_lora import LoraMatrix
+from evospec.engine.adapters_config import LoraTarget
+from evospec.engine.models.eagle3_config import CONFIG_FILE, WEIGHTS_FILE, Eagle3Config
+from evospec.engine.online.weight_layout import TensorSpec, WeightLayout
+from evospec.kernels.batched_lora import LoraMatrix
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from engine.models.config import Activation
-from engine.models.projection import Projection
-from kernels.between_products import gated
+from evospec.engine.models.config import Activation
+from evospec.engine.models.projection import Projection
+from evospec.kernels.between_products import gated
 
 
 @dataclass(frozen=True)

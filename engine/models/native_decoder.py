@@ -10,17 +10,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from engine.attention.base import AttentionBackend
-from engine.attention.native_cpu import NativeAttention
-from engine.batch import ForwardBatch, ForwardOutput
-from engine.models.config import Experts, ModelSpec
-from engine.models.decoder import HeadSlab, RotaryEmbedding, rotary_tables
-from engine.models.eagle3_config import Eagle3Config
-from engine.models.weights import WeightSource
-from kernels.native import BF16_FORMAT, MatrixPart, PackedMatrix, Team, linear, packed_format
-from kernels.native_decoder import Decoder, LayerWeights, PassOutputs, unpack_rows
-from kernels.native_experts import MixtureWeights
-from kernels.screened_head import ScreenedHead, is_worth_it
+from evospec.engine.attention.base import AttentionBackend
+from evospec.engine.attention.native_cpu import NativeAttention
+from evospec.engine.batch import ForwardBatch, ForwardOutput
+from evospec.engine.models.config import Experts, ModelSpec
+from evospec.engine.models.decoder import HeadSlab, RotaryEmbedding, rotary_tables
+from evospec.engine.models.eagle3_config import Eagle3Config
+from evospec.engine.models.weights import WeightSource
+from evospec.kernels.native import BF16_FORMAT, MatrixPart, PackedMatrix, Team, linear, packed_format
+from evospec.kernels.native_decoder import Decoder, LayerWeights, PassOutputs, unpack_rows
+from evospec.kernels.native_experts import MixtureWeights
+from evospec.kernels.screened_head import ScreenedHead, is_worth_it
 
 
 def unsupported_sizes(*sizes: tuple[str, int]) -> str | None:

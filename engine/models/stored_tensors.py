@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from engine.models.config import ModelSpec
-from engine.models.families.known import family_of
+from evospec.engine.models.config import ModelSpec
+from evospec.engine.models.families.known import family_of
 
 _OF_LAYER = re.compile(r"(model\.layers\.\d+\.)(.+)\.(weight|bias)")
 _OF_EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(.+)")

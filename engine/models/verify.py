@@ -1,4 +1,4 @@
-"""Checks the sha256 of a model's files while the engine serves them: ``python -m engine.models.verify``. Torch-free.
+"""Checks the sha256 of a model's files while the engine serves: ``python -m evospec.engine.models.verify``. Torch-free.
 
 Weights are read in seconds and hashed in many more, so the engine does not wait: a process of the lowest priority
 hashes them beside it. When a sum is wrong it says so, sees to it that the file is fetched again at the next start, and
@@ -17,8 +17,8 @@ from pathlib import Path
 
 import structlog
 
-from engine.log import configure_logging_from_environment
-from engine.models.fetch import forget
+from evospec.engine.log import configure_logging_from_environment
+from evospec.engine.models.fetch import forget
 
 log = structlog.get_logger(__name__)
 
@@ -34,7 +34,7 @@ class FileCheck:
         self._process: subprocess.Popen[bytes] | None = None
         if files:
             arguments = [word for path, sha256 in files.items() for word in (str(path), sha256)]
-            command = [sys.executable, "-m", "engine.models.verify", *arguments]
+            command = [sys.executable, "-m", "evospec.engine.models.verify", *arguments]
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE)
 
     def has_failed(self) -> bool:

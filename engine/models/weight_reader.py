@@ -9,12 +9,12 @@ from math import prod
 
 import torch
 
-from engine.models.int4_blocks import BLOCK_BYTES, codes_of, scales_of
-from engine.models.projection import Fp8Linear, Int4Linear, Linear, Projection
-from engine.models.weights import Fp8Tensor, WeightSource
-from engine.tensor_parallel.ranks import Ranks
-from kernels.fp8 import MULTIPLE
-from kernels.int4 import BLOCK
+from evospec.engine.models.int4_blocks import BLOCK_BYTES, codes_of, scales_of
+from evospec.engine.models.projection import Fp8Linear, Int4Linear, Linear, Projection
+from evospec.engine.models.weights import Fp8Tensor, WeightSource
+from evospec.engine.tensor_parallel.ranks import Ranks
+from evospec.kernels.fp8 import MULTIPLE
+from evospec.kernels.int4 import BLOCK
 
 _ReadRows = Callable[[slice], torch.Tensor]
 _VALUES_AT_ONCE = 2**18

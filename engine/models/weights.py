@@ -16,13 +16,13 @@ import torch
 from gguf.constants import GGMLQuantizationType
 from safetensors import SafetensorError, safe_open
 
-from engine.models.config import ModelError, ModelFiles
-from engine.models.families.known import family_of
-from engine.models.gguf_file import GGUFFile, GGUFTensor
-from engine.models.gguf_spec import gguf_tensor_names, spec_from_gguf
-from engine.models.quantization.base import Matrix, QuantizedMatrix
-from engine.models.safetensors_spec import checked_tensors, read_config
-from engine.models.stored_tensors import StoredRows, stored_rows
+from evospec.engine.models.config import ModelError, ModelFiles
+from evospec.engine.models.families.known import family_of
+from evospec.engine.models.gguf_file import GGUFFile, GGUFTensor
+from evospec.engine.models.gguf_spec import gguf_tensor_names, spec_from_gguf
+from evospec.engine.models.quantization.base import Matrix, QuantizedMatrix
+from evospec.engine.models.safetensors_spec import checked_tensors, read_config
+from evospec.engine.models.stored_tensors import StoredRows, stored_rows
 
 Rows = slice | npt.NDArray[np.int64]
 ALL = slice(None)

@@ -11,19 +11,19 @@ import numpy as np
 import structlog
 import torch
 
-from engine.adapters_config import AdaptersConfig
-from engine.draft_state import BASE, UNDECIDED, Assignment
-from engine.models.config import ModelError
-from engine.models.eagle3 import Eagle3
-from engine.models.lora import adapted_rows, lora_layout
-from engine.online.adapter_control import adapter_key
-from engine.online.shared_file import SharedMemoryError, make_private_directory
-from engine.online.weight_channel import NonFiniteWeights, WeightChannel
-from engine.online.weight_directory import Slot
-from engine.online.weight_layout import WeightLayout
-from engine.request import Request
-from kernels.batched_lora import LoraPart, LoraRows
-from kernels.upload import upload
+from evospec.engine.adapters_config import AdaptersConfig
+from evospec.engine.draft_state import BASE, UNDECIDED, Assignment
+from evospec.engine.models.config import ModelError
+from evospec.engine.models.eagle3 import Eagle3
+from evospec.engine.models.lora import adapted_rows, lora_layout
+from evospec.engine.online.adapter_control import adapter_key
+from evospec.engine.online.shared_file import SharedMemoryError, make_private_directory
+from evospec.engine.online.weight_channel import NonFiniteWeights, WeightChannel
+from evospec.engine.online.weight_directory import Slot
+from evospec.engine.online.weight_layout import WeightLayout
+from evospec.engine.request import Request
+from evospec.kernels.batched_lora import LoraPart, LoraRows
+from evospec.kernels.upload import upload
 
 log = structlog.get_logger(__name__)
 

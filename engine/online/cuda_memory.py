@@ -14,7 +14,7 @@ import msgspec
 import structlog
 import torch
 
-from engine.online.shared_file import SharedMemoryError
+from evospec.engine.online.shared_file import SharedMemoryError
 
 log = structlog.get_logger(__name__)
 

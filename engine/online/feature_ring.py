@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from engine.online.shared_file import SharedFile, SharedMemoryError
+from evospec.engine.online.shared_file import SharedFile, SharedMemoryError
 
 _MAGIC = b"EVOSPFR1"
 _HEADER = struct.Struct("<8sII")

@@ -14,14 +14,14 @@ import structlog
 import torch
 from numpy.typing import NDArray
 
-from engine.adapters_config import AdaptersConfig
-from engine.models.config import ModelError
-from engine.online.feature_ring import FeatureRing
-from engine.online.shared_file import SharedMemoryError, make_private_directory
-from engine.online.token_log import TokenLog
-from engine.online.verify_record import UnwrittenSteps, pack_ids, pack_weights
-from engine.request import Request
-from engine.speculation.drafters.kv import Chunk
+from evospec.engine.adapters_config import AdaptersConfig
+from evospec.engine.models.config import ModelError
+from evospec.engine.online.feature_ring import FeatureRing
+from evospec.engine.online.shared_file import SharedMemoryError, make_private_directory
+from evospec.engine.online.token_log import TokenLog
+from evospec.engine.online.verify_record import UnwrittenSteps, pack_ids, pack_weights
+from evospec.engine.request import Request
+from evospec.engine.speculation.drafters.kv import Chunk
 
 log = structlog.get_logger(__name__)
 

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import structlog
 from redis.exceptions import ResponseError
 
-from engine.online.verify_record import RecordError, VerifyRecord, decode_record, encode_record
-from engine.redis_clients import REDIS_FAILURES, connect
+from evospec.engine.online.verify_record import RecordError, VerifyRecord, decode_record, encode_record
+from evospec.engine.redis_clients import REDIS_FAILURES, connect
 
 log = structlog.get_logger(__name__)
 

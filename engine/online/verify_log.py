@@ -10,15 +10,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from engine.draft_vocab.vocab import TOP_K, TopK
-from engine.messages import AlignmentStats
-from engine.online.adapters import EagleAdapters
-from engine.online.run_writer import RunWriter
-from engine.online.verify_record import UnwrittenSteps, VerifyRecord, pack_top_k
-from engine.request import Request
-from engine.verification import Verification
-from kernels.native import Team
-from kernels.topk import topk_rows_on_host
+from evospec.engine.draft_vocab.vocab import TOP_K, TopK
+from evospec.engine.messages import AlignmentStats
+from evospec.engine.online.adapters import EagleAdapters
+from evospec.engine.online.run_writer import RunWriter
+from evospec.engine.online.verify_record import UnwrittenSteps, VerifyRecord, pack_top_k
+from evospec.engine.request import Request
+from evospec.engine.verification import Verification
+from evospec.kernels.native import Team
+from evospec.kernels.topk import topk_rows_on_host
 
 _SAVED_SECONDS = 0.2
 """So much of the time for logging is there at first, and can be saved up."""

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from engine.online.adapter_control import MAX_KEY_BYTES
-from engine.online.cuda_memory import HandleServer, receive_memory
-from engine.online.shared_file import SharedMemoryError
-from engine.online.weight_directory import Slot, WeightDirectory
-from engine.online.weight_layout import DeviceMemory, FileMemory, WeightBuffers, WeightLayout
+from evospec.engine.online.adapter_control import MAX_KEY_BYTES
+from evospec.engine.online.cuda_memory import HandleServer, receive_memory
+from evospec.engine.online.shared_file import SharedMemoryError
+from evospec.engine.online.weight_directory import Slot, WeightDirectory
+from evospec.engine.online.weight_layout import DeviceMemory, FileMemory, WeightBuffers, WeightLayout
 
 _ATTEMPTS = 4
 _CPU = torch.device("cpu")

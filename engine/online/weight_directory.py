@@ -21,9 +21,9 @@ from typing import Literal
 
 import msgspec
 
-from engine.online.adapter_control import MAX_KEY_BYTES
-from engine.online.shared_file import SharedFile, SharedMemoryError
-from engine.online.weight_layout import WeightLayout
+from evospec.engine.online.adapter_control import MAX_KEY_BYTES
+from evospec.engine.online.shared_file import SharedFile, SharedMemoryError
+from evospec.engine.online.weight_layout import WeightLayout
 
 MAX_VERSION = 2**62
 """No version is greater; a channel that says so is damaged."""

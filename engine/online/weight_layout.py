@@ -12,7 +12,7 @@ from functools import cached_property
 
 import torch
 
-from engine.online.shared_file import SharedFile
+from evospec.engine.online.shared_file import SharedFile
 
 _ALIGNMENT = 64
 

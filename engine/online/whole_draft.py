@@ -7,16 +7,16 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from engine.draft_state import BASE, Assignment
-from engine.models.config import ModelSpec
-from engine.models.eagle3 import Eagle3
-from engine.models.eagle3_config import Eagle3Config, recorded_layers
-from engine.models.weights import WeightSource
-from engine.online.adapters import EagleAdapters
-from engine.online.weight_layout import WeightLayout
-from engine.request import Request
-from engine.speculation.drafters.eagle_network import EagleNetwork
-from kernels.batched_lora import LoraRows
+from evospec.engine.draft_state import BASE, Assignment
+from evospec.engine.models.config import ModelSpec
+from evospec.engine.models.eagle3 import Eagle3
+from evospec.engine.models.eagle3_config import Eagle3Config, recorded_layers
+from evospec.engine.models.weights import WeightSource
+from evospec.engine.online.adapters import EagleAdapters
+from evospec.engine.online.weight_layout import WeightLayout
+from evospec.engine.request import Request
+from evospec.engine.speculation.drafters.eagle_network import EagleNetwork
+from evospec.kernels.batched_lora import LoraRows
 
 
 def whole_layout(config: Eagle3Config, base: str) -> WeightLayout:

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from engine.messages import SamplingParams
-from kernels import choose_tokens as kernel
-from kernels.choose_tokens import RowSampling
-from kernels.native import Team
-from kernels.penalties import IntArray
+from evospec.engine.messages import SamplingParams
+from evospec.kernels import choose_tokens as kernel
+from evospec.kernels.choose_tokens import RowSampling
+from evospec.kernels.native import Team
+from evospec.kernels.penalties import IntArray
 
 FloatArray = NDArray[np.float32]
 IdArray = NDArray[np.int64]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 
-from engine.request import Request
-from engine.sampling.grammar_cursor import GrammarCursor
-from engine.sampling.grammar_pool import GrammarPool
-from engine.step_plan import ScheduledSequence
+from evospec.engine.request import Request
+from evospec.engine.sampling.grammar_cursor import GrammarCursor
+from evospec.engine.sampling.grammar_pool import GrammarPool
+from evospec.engine.step_plan import ScheduledSequence
 
 _PATIENCE = 0.001
 """Seconds that a step waits for masks."""

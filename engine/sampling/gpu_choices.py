@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 
-from engine.gpu_memory import GRAPH_SIZES
-from engine.sampling.processors import LogitsEdits
-from engine.step_graphs import CudaGraphRecorder, Replay
-from kernels.choose_tokens import UNDECIDED, GpuRows, RowSampling, choice_arrays, choose_tokens, launch_choice
-from kernels.logits_edits import edit_on_gpu
-from kernels.upload import FixedMemory
+from evospec.engine.gpu_memory import GRAPH_SIZES
+from evospec.engine.sampling.processors import LogitsEdits
+from evospec.engine.step_graphs import CudaGraphRecorder, Replay
+from evospec.kernels.choose_tokens import UNDECIDED, GpuRows, RowSampling, choice_arrays, choose_tokens, launch_choice
+from evospec.kernels.logits_edits import edit_on_gpu
+from evospec.kernels.upload import FixedMemory
 
 
 @dataclass(frozen=True)

@@ -13,16 +13,16 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.messages import Grammar
-from engine.sampling.grammar_messages import SECONDS_PER_MASK, SPARE_SECONDS, Failure
-from engine.sampling.json_schema import (
+from evospec.engine.messages import Grammar
+from evospec.engine.sampling.grammar_messages import SECONDS_PER_MASK, SPARE_SECONDS, Failure
+from evospec.engine.sampling.json_schema import (
     GrammarError,
     check_json_schema,
     has_string_lengths,
     rewrite_pattern,
     rewrite_patterns,
 )
-from engine.sampling.xgrammar_alone import xgrammar
+from evospec.engine.sampling.xgrammar_alone import xgrammar
 
 _WHAT = {"regex": "regular expression", "grammar": "grammar"}
 _WHITESPACE = 1

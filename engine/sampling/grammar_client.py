@@ -15,9 +15,9 @@ import msgspec
 import numpy as np
 import structlog
 
-from engine.messages import Grammar
-from engine.sampling.grammar_cursor import GRAMMAR_SPENT, GrammarCursor, Masks
-from engine.sampling.grammar_messages import (
+from evospec.engine.messages import Grammar
+from evospec.engine.sampling.grammar_cursor import GRAMMAR_SPENT, GrammarCursor, Masks
+from evospec.engine.sampling.grammar_messages import (
     COMPILE_SECONDS,
     MASKS_PER_SLOT,
     MAX_MESSAGE_BYTES,

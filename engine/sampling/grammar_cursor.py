@@ -9,7 +9,7 @@ from itertools import takewhile
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.sampling.grammar_messages import Failure
+from evospec.engine.sampling.grammar_messages import Failure
 
 Masks = NDArray[np.int32]
 

@@ -12,10 +12,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import torch  # noqa: F401 - first: xgrammar loads tvm_ffi, which would be without torch then, for flashinfer too
 
-from engine.messages import Grammar
-from engine.sampling.grammar import CompiledGrammar, GrammarCompiler, GrammarMatcher, GrammarSequence
-from engine.sampling.grammar_cursor import GrammarCursor
-from engine.sampling.grammar_messages import MASKS_PER_SLOT, Vocabulary
+from evospec.engine.messages import Grammar
+from evospec.engine.sampling.grammar import CompiledGrammar, GrammarCompiler, GrammarMatcher, GrammarSequence
+from evospec.engine.sampling.grammar_cursor import GrammarCursor
+from evospec.engine.sampling.grammar_messages import MASKS_PER_SLOT, Vocabulary
 
 _NICE = 5
 """The engine's own thread goes first."""

@@ -10,7 +10,7 @@ from typing import Literal
 
 import msgspec
 
-from engine.config import MAX_SPECULATIVE_TOKENS
+from evospec.engine.config import MAX_SPECULATIVE_TOKENS
 
 COMPILE_SECONDS = 10.0
 """Of computing, for a grammar; an ordinary schema takes a hundredth of a second."""

@@ -16,14 +16,14 @@ from typing import NamedTuple
 import msgspec
 import structlog
 
-from engine.fair_queue import equal_share
-from engine.messages import Grammar
-from engine.request import Request
-from engine.sampling.grammar_client import GrammarProcess
-from engine.sampling.grammar_cursor import GrammarCursor
-from engine.sampling.grammar_in_place import InPlaceCompiler, InPlaceGrammar
-from engine.sampling.grammar_messages import Vocabulary
-from engine.text.tokenizer import Tokenizer
+from evospec.engine.fair_queue import equal_share
+from evospec.engine.messages import Grammar
+from evospec.engine.request import Request
+from evospec.engine.sampling.grammar_client import GrammarProcess
+from evospec.engine.sampling.grammar_cursor import GrammarCursor
+from evospec.engine.sampling.grammar_in_place import InPlaceCompiler, InPlaceGrammar
+from evospec.engine.sampling.grammar_messages import Vocabulary
+from evospec.engine.text.tokenizer import Tokenizer
 
 log = structlog.get_logger(__name__)
 
@@ -234,7 +234,7 @@ def _start_forking(vocabulary: bytes) -> socket.socket:
         file.seek(0)
         descriptors = theirs.fileno(), file.fileno()
         subprocess.Popen(
-            [sys.executable, "-m", "engine.sampling.grammar_process", *map(str, descriptors)],
+            [sys.executable, "-m", "evospec.engine.sampling.grammar_process", *map(str, descriptors)],
             pass_fds=descriptors,
             stdin=subprocess.DEVNULL,
         )

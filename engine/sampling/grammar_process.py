@@ -1,4 +1,4 @@
-"""Processes that enforce grammars: ``python -m engine.sampling.grammar_process CONTROL VOCABULARY`` (file descriptors).
+"""Enforces grammars: ``python -m evospec.engine.sampling.grammar_process CONTROL VOCABULARY`` (descriptors).
 
 That process loads xgrammar and the vocabulary once, and then forks one process for each grammar of a tenant. Such a
 process compiles its grammar and computes masks until the engine closes its socket. The kernel ends it when it computes
@@ -21,9 +21,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.messages import Grammar
-from engine.sampling.grammar import CompiledGrammar, GrammarCompiler, GrammarMatcher, GrammarSequence
-from engine.sampling.grammar_messages import (
+from evospec.engine.messages import Grammar
+from evospec.engine.sampling.grammar import CompiledGrammar, GrammarCompiler, GrammarMatcher, GrammarSequence
+from evospec.engine.sampling.grammar_messages import (
     COMPILE_SECONDS,
     MASK_SECONDS,
     MASKS_PER_SLOT,
@@ -38,8 +38,8 @@ from engine.sampling.grammar_messages import (
     Started,
     Vocabulary,
 )
-from engine.sampling.json_schema import GrammarError
-from engine.sampling.ordinary_schema import is_ordinary
+from evospec.engine.sampling.json_schema import GrammarError
+from evospec.engine.sampling.ordinary_schema import is_ordinary
 
 _TRIAL_MASKS, _TRIAL_SEED = 24, 0
 _TRIAL_SECONDS = 0.02

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import msgspec
 import torch
 
-from engine.messages import TokenLogprob
-from engine.step_plan import ScheduledSequence
-from kernels.log_probabilities import log_probabilities
-from kernels.native import Team
+from evospec.engine.messages import TokenLogprob
+from evospec.engine.step_plan import ScheduledSequence
+from evospec.kernels.log_probabilities import log_probabilities
+from evospec.kernels.native import Team
 
 
 def token_logprobs(

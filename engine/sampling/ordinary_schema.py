@@ -12,8 +12,8 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from engine.messages import Grammar
-from engine.sampling.json_schema import DEFINITIONS, annotations_in
+from evospec.engine.messages import Grammar
+from evospec.engine.sampling.json_schema import DEFINITIONS, annotations_in
 
 _MAX_SCHEMAS = 256
 """Subschemas, each counted as often as it is referred to: too few for one that contains itself."""

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from engine.messages import SamplingParams
-from engine.request import Request
-from engine.sampling.choose import FloatArray, IdArray, SamplingState
-from kernels.logits_edits import SparseEdits
-from kernels.penalties import SeenTokens, penalize, put_back, sparse_edits
+from evospec.engine.messages import SamplingParams
+from evospec.engine.request import Request
+from evospec.engine.sampling.choose import FloatArray, IdArray, SamplingState
+from evospec.kernels.logits_edits import SparseEdits
+from evospec.kernels.penalties import SeenTokens, penalize, put_back, sparse_edits
 
 _Index = tuple[torch.Tensor, ...]
 _SparseEdit = tuple[int, IdArray, FloatArray]

@@ -13,15 +13,15 @@ from itertools import accumulate, islice
 import msgspec
 import torch
 
-from engine.messages import SamplingParams, TokenLogprob
-from engine.request import Request
-from engine.sampling.choose import SamplingState, all_greedy, row_sampling
-from engine.sampling.gpu_choices import GpuChoices
-from engine.sampling.logprobs import token_logprobs
-from engine.sampling.processors import LogitsEdits
-from kernels import choose_tokens as kernel
-from kernels.choose_tokens import RowSampling
-from kernels.native import Team
+from evospec.engine.messages import SamplingParams, TokenLogprob
+from evospec.engine.request import Request
+from evospec.engine.sampling.choose import SamplingState, all_greedy, row_sampling
+from evospec.engine.sampling.gpu_choices import GpuChoices
+from evospec.engine.sampling.logprobs import token_logprobs
+from evospec.engine.sampling.processors import LogitsEdits
+from evospec.kernels import choose_tokens as kernel
+from evospec.kernels.choose_tokens import RowSampling
+from evospec.kernels.native import Team
 
 _NO_TOKEN = -1
 """What is chosen where logits are not finite; no draft is that."""

@@ -7,39 +7,39 @@ from pathlib import Path
 import structlog
 import torch
 
-from engine.config import EngineConfig
-from engine.draft_vocab.running_texts import RunningTexts
-from engine.loader import LoadedModel, load
-from engine.model_runner import ModelRunner
-from engine.models.config import ModelError, ModelFiles
-from engine.models.eagle3 import Eagle3
-from engine.models.eagle3_weights import load_weights, without_copies
-from engine.models.lora import draft_fingerprint
-from engine.models.registry import resolve_model, validate_model_files
-from engine.models.weights import open_weights
-from engine.online.adapters import EagleAdapters
-from engine.online.whole_draft import WholeDraft, growing_config, growing_fingerprint
-from engine.speculation import draft_files
-from engine.speculation.draft_files import (
+from evospec.engine.config import EngineConfig
+from evospec.engine.draft_vocab.running_texts import RunningTexts
+from evospec.engine.loader import LoadedModel, load
+from evospec.engine.model_runner import ModelRunner
+from evospec.engine.models.config import ModelError, ModelFiles
+from evospec.engine.models.eagle3 import Eagle3
+from evospec.engine.models.eagle3_weights import load_weights, without_copies
+from evospec.engine.models.lora import draft_fingerprint
+from evospec.engine.models.registry import resolve_model, validate_model_files
+from evospec.engine.models.weights import open_weights
+from evospec.engine.online.adapters import EagleAdapters
+from evospec.engine.online.whole_draft import WholeDraft, growing_config, growing_fingerprint
+from evospec.engine.speculation import draft_files
+from evospec.engine.speculation.draft_files import (
     check_same_tokens,
     check_vocabulary,
     choose_method,
     draft_model_config,
 )
-from engine.speculation.drafters.base import Draft
-from engine.speculation.drafters.draft_model import DraftModel
-from engine.speculation.drafters.eagle import EagleDraft
-from engine.speculation.drafters.head import COUNTS_FILE, DraftHead, read_token_counts, static_vocabulary
-from engine.speculation.drafters.lookup import NgramDraft, NgramProposer, PromptLookup
-from engine.speculation.drafters.own_head import OwnHead
-from engine.speculation.drafters.session_head import make_session_head
-from engine.speculation.length.adaptive import AdaptiveLength
-from engine.speculation.length.cost_meter import CostMeter
-from engine.speculation.length.costs import StepCosts
-from engine.speculation.length.policy import LengthPolicy
-from engine.speculation.speculator import Speculator
-from engine.text.tokenizer import Tokenizer
-from kernels.session_library import missing_reason
+from evospec.engine.speculation.drafters.base import Draft
+from evospec.engine.speculation.drafters.draft_model import DraftModel
+from evospec.engine.speculation.drafters.eagle import EagleDraft
+from evospec.engine.speculation.drafters.head import COUNTS_FILE, DraftHead, read_token_counts, static_vocabulary
+from evospec.engine.speculation.drafters.lookup import NgramDraft, NgramProposer, PromptLookup
+from evospec.engine.speculation.drafters.own_head import OwnHead
+from evospec.engine.speculation.drafters.session_head import make_session_head
+from evospec.engine.speculation.length.adaptive import AdaptiveLength
+from evospec.engine.speculation.length.cost_meter import CostMeter
+from evospec.engine.speculation.length.costs import StepCosts
+from evospec.engine.speculation.length.policy import LengthPolicy
+from evospec.engine.speculation.speculator import Speculator
+from evospec.engine.text.tokenizer import Tokenizer
+from evospec.kernels.session_library import missing_reason
 
 log = structlog.get_logger(__name__)
 

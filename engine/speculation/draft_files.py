@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from engine.config import EngineConfig, ModelConfig
-from engine.models.config import ModelError, ModelFiles, ModelSpec
-from engine.models.eagle3_config import WEIGHTS_FILE, read_draft
-from engine.models.eagle3_import import check_foreign_draft, is_foreign_draft
-from engine.models.registry import REGISTRY, fetch_from_hub, is_hub_id, resolve_model, validate_model_files
-from engine.text.tokenizer import Tokenizer
+from evospec.engine.config import EngineConfig, ModelConfig
+from evospec.engine.models.config import ModelError, ModelFiles, ModelSpec
+from evospec.engine.models.eagle3_config import WEIGHTS_FILE, read_draft
+from evospec.engine.models.eagle3_import import check_foreign_draft, is_foreign_draft
+from evospec.engine.models.registry import REGISTRY, fetch_from_hub, is_hub_id, resolve_model, validate_model_files
+from evospec.engine.text.tokenizer import Tokenizer
 
 DRAFTS = Path(__file__).parents[2] / "drafts"
 """What is shipped: for each model a directory of its name."""

@@ -9,17 +9,17 @@ import msgspec
 import structlog
 import torch
 
-from engine.batch import Features
-from engine.config import MAX_COPIED_TOKENS, MAX_SPECULATIVE_TOKENS
-from engine.draft_vocab.vocab import DraftVocab, most_likely
-from engine.messages import EngineStats, TokenLogprob, TokenSource, VocabularyCounts
-from engine.request import Request
-from engine.sampling.choose import is_greedy
-from engine.speculation.drafters.base import Proposer
-from engine.speculation.drafters.lookup import PromptLookup, are_predicted
-from engine.speculation.length.policy import Chain, LengthPolicy
-from engine.step_plan import DraftSlot, SchedulerOutput
-from engine.verification import Verification
+from evospec.engine.batch import Features
+from evospec.engine.config import MAX_COPIED_TOKENS, MAX_SPECULATIVE_TOKENS
+from evospec.engine.draft_vocab.vocab import DraftVocab, most_likely
+from evospec.engine.messages import EngineStats, TokenLogprob, TokenSource, VocabularyCounts
+from evospec.engine.request import Request
+from evospec.engine.sampling.choose import is_greedy
+from evospec.engine.speculation.drafters.base import Proposer
+from evospec.engine.speculation.drafters.lookup import PromptLookup, are_predicted
+from evospec.engine.speculation.length.policy import Chain, LengthPolicy
+from evospec.engine.step_plan import DraftSlot, SchedulerOutput
+from evospec.engine.verification import Verification
 
 log = structlog.get_logger(__name__)
 

@@ -10,16 +10,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from engine.attention.base import AttentionBackend
-from engine.batch import ForwardBatch, ForwardOutput
-from engine.config import CacheConfig
-from engine.loader import LoadedModel
-from engine.model_runner import attention_spec
-from engine.models.decoder import HeadSlab, TorchDecoder
-from engine.tensor_parallel.ranks import Argument, Ranks, ends_with_the_group
-from kernels.draft_head import draft_head_topk
-from kernels.head_rows import EMPTY, Core, TailSlabs
-from kernels.topk import topk_rows_by_keys
+from evospec.engine.attention.base import AttentionBackend
+from evospec.engine.batch import ForwardBatch, ForwardOutput
+from evospec.engine.config import CacheConfig
+from evospec.engine.loader import LoadedModel
+from evospec.engine.model_runner import attention_spec
+from evospec.engine.models.decoder import HeadSlab, TorchDecoder
+from evospec.engine.tensor_parallel.ranks import Argument, Ranks, ends_with_the_group
+from evospec.kernels.draft_head import draft_head_topk
+from evospec.kernels.head_rows import EMPTY, Core, TailSlabs
+from evospec.kernels.topk import topk_rows_by_keys
 
 
 class Shard:

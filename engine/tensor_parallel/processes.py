@@ -1,4 +1,4 @@
-"""The processes of ranks 1 and up: ``python -m engine.tensor_parallel.processes RANK PORT PARENT``.
+"""The processes of ranks 1 and up: ``python -m evospec.engine.tensor_parallel.processes RANK PORT PARENT``.
 
 The engine, which is rank 0, starts them. All ranks live and die together: where one ends, the engine does too, and its
 supervisor starts it again, with new ones; where the engine ends, however it does, the kernel kills the others.
@@ -18,13 +18,13 @@ from dataclasses import replace
 import structlog
 import torch
 
-from engine.config import CONFIG_VARIABLE, EngineConfig
-from engine.loader import LoadedModel, choose_device, load
-from engine.log import configure_logging_from_environment
-from engine.models.config import ModelError, ModelFiles, ModelSpec
-from engine.models.registry import resolve_model, validate_model_files
-from engine.tensor_parallel.model import Shard, ShardedModel
-from engine.tensor_parallel.ranks import LOOPBACK, Ranks, ends_with_the_group
+from evospec.engine.config import CONFIG_VARIABLE, EngineConfig
+from evospec.engine.loader import LoadedModel, choose_device, load
+from evospec.engine.log import configure_logging_from_environment
+from evospec.engine.models.config import ModelError, ModelFiles, ModelSpec
+from evospec.engine.models.registry import resolve_model, validate_model_files
+from evospec.engine.tensor_parallel.model import Shard, ShardedModel
+from evospec.engine.tensor_parallel.ranks import LOOPBACK, Ranks, ends_with_the_group
 
 log = structlog.get_logger(__name__)
 

@@ -9,9 +9,9 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer, Sequence, Split
 from tokenizers.processors import TemplateProcessing
 
-from engine.models.config import ModelError
-from engine.models.gguf_file import GGUFFile
-from engine.models.gguf_spec import CONTROL_TOKEN
+from evospec.engine.models.config import ModelError
+from evospec.engine.models.gguf_file import GGUFFile
+from evospec.engine.models.gguf_spec import CONTROL_TOKEN
 
 _NORMAL_TOKEN, _USER_DEFINED_TOKEN, _UNUSED_TOKEN = 1, 4, 5
 _SPACE = "▁"

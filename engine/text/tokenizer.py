@@ -10,13 +10,13 @@ from typing import Any
 
 import tokenizers
 
-from engine.models.config import ModelError, ModelFiles
-from engine.models.gguf_file import GGUFFile
-from engine.models.gguf_spec import spec_from_gguf
-from engine.models.safetensors_spec import read_config, read_json
-from engine.text.chat_template import ChatTemplate, ChatTemplateError
-from engine.text.gguf_tokenizer import gguf_backend
-from engine.text.token_bounds import LeastTokens
+from evospec.engine.models.config import ModelError, ModelFiles
+from evospec.engine.models.gguf_file import GGUFFile
+from evospec.engine.models.gguf_spec import spec_from_gguf
+from evospec.engine.models.safetensors_spec import read_config, read_json
+from evospec.engine.text.chat_template import ChatTemplate, ChatTemplateError
+from evospec.engine.text.gguf_tokenizer import gguf_backend
+from evospec.engine.text.token_bounds import LeastTokens
 
 _NAMED_TOKENS = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
 _GAP_MARKS = (

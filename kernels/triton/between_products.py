@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
+
 import triton
 import triton.language as tl
-
-from kernels.heads import HeadNorms, Heads, Rotation
+from evospec.kernels.heads import HeadNorms, Heads, Rotation
 
 _COLUMNS = 1024
 """Of gates, a program's"""

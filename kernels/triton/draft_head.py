@@ -7,12 +7,12 @@ best of all blocks are merged.
 from __future__ import annotations
 
 import torch
+
 import triton
 import triton.language as tl
-
-from kernels.head_rows import TailSlabs
-from kernels.topk import decode_sort_keys
-from kernels.triton.topk import sort_keys
+from evospec.kernels.head_rows import TailSlabs
+from evospec.kernels.topk import decode_sort_keys
+from evospec.kernels.triton.topk import sort_keys
 
 _ROWS = 16  # hidden states of a program, the least that tl.dot takes
 _WIDTH = 32  # of hidden, at a time

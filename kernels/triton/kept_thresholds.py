@@ -6,10 +6,10 @@ Where they do not hold every token that is kept, it says so, and that row is loo
 from __future__ import annotations
 
 import torch
+
 import triton
 import triton.language as tl
-
-from kernels.kept_thresholds import Limits
+from evospec.kernels.kept_thresholds import Limits
 
 _BLOCK = 1024
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 import ctypes
 
 import torch
+
 import triton
 import triton.language as tl
-
-from kernels.session_library import StateStruct
-from kernels.session_memory import DraftedRounds, SessionMemory, TableMemory
-from kernels.session_options import NUM_FEATURES, WAYS
+from evospec.kernels.session_library import StateStruct
+from evospec.kernels.session_memory import DraftedRounds, SessionMemory, TableMemory
+from evospec.kernels.session_options import NUM_FEATURES, WAYS
 
 HASH = tl.constexpr(0x9E3779B97F4A7C15 - 2**64)  # as in C++, signed
 _WAYS = tl.constexpr(WAYS)

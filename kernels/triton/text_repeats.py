@@ -6,12 +6,12 @@ That is ``include`` and ``TextIndex::find`` of kernels/csrc/sessions. Texts are 
 from __future__ import annotations
 
 import torch
+
 import triton
 import triton.language as tl
-
-from kernels.head_rows import HeadRows
-from kernels.session_memory import DraftedRounds, TextMemory
-from kernels.session_options import MAX_REPEATS
+from evospec.kernels.head_rows import HeadRows
+from evospec.kernels.session_memory import DraftedRounds, TextMemory
+from evospec.kernels.session_options import MAX_REPEATS
 
 _REPEATS = tl.constexpr(MAX_REPEATS)  # that are looked at, and most tokens of one
 _WIDTH = 128  # of hidden, at a time

@@ -7,6 +7,7 @@ the last.
 from __future__ import annotations
 
 import torch
+
 import triton
 import triton.language as tl
 

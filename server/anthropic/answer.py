@@ -7,10 +7,10 @@ from typing import Any, Literal
 import msgspec
 import structlog
 
-from server.answer import BlocksAnswer
-from server.errors import ApiError
-from server.sse import named_event
-from server.tools.blocks import Block, Change
+from evospec.server.answer import BlocksAnswer
+from evospec.server.errors import ApiError
+from evospec.server.sse import named_event
+from evospec.server.tools.blocks import Block, Change
 
 StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
 

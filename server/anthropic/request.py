@@ -8,14 +8,14 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from server.chat_generation import chat_request
-from server.schemas.body import Harmless, LenientBody, NoOp, at_most
-from server.schemas.chat import MAX_MESSAGES, ChatCompletionRequest, few_parts, text_of
-from server.schemas.constraints import JsonSchemaFormat, JsonSchemaSpec
-from server.schemas.fields import CommonFields, StopList
-from server.schemas.tools import MAX_TOOLS, Function, FunctionName, NamedChoice, PastCall, Tool, ToolName
-from server.schemas.tools import ToolChoice as ChatToolChoice
-from server.schemas.unsupported import NEUTRAL, UNSUPPORTED
+from evospec.server.chat_generation import chat_request
+from evospec.server.schemas.body import Harmless, LenientBody, NoOp, at_most
+from evospec.server.schemas.chat import MAX_MESSAGES, ChatCompletionRequest, few_parts, text_of
+from evospec.server.schemas.constraints import JsonSchemaFormat, JsonSchemaSpec
+from evospec.server.schemas.fields import CommonFields, StopList
+from evospec.server.schemas.tools import MAX_TOOLS, Function, FunctionName, NamedChoice, PastCall, Tool, ToolName
+from evospec.server.schemas.tools import ToolChoice as ChatToolChoice
+from evospec.server.schemas.unsupported import NEUTRAL, UNSUPPORTED
 
 _SYNONYMS = {
     "stop": "stop_sequences",

@@ -13,9 +13,9 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
-from server.bench.load import LoadOptions, LoadReport, Messages, Percentiles, new_progress, run_load
-from server.remote import Remote
-from server.tenants import CLIENT_KEY
+from evospec.server.bench.load import LoadOptions, LoadReport, Messages, Percentiles, new_progress, run_load
+from evospec.server.remote import Remote
+from evospec.server.tenants import CLIENT_KEY
 
 PROMPTS = (
     "Why is the sky blue?",

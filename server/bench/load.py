@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from server.bench.stream import StreamResult, stream
+from evospec.server.bench.stream import StreamResult, stream
 
 Messages = list[dict[str, str]]
 

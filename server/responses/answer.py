@@ -10,11 +10,11 @@ from typing import Any
 
 import msgspec
 
-from server.answer import BlocksAnswer
-from server.errors import ApiError
-from server.generation import Generation
-from server.responses.conversation import encode_stored
-from server.responses.objects import (
+from evospec.server.answer import BlocksAnswer
+from evospec.server.errors import ApiError
+from evospec.server.generation import Generation
+from evospec.server.responses.conversation import encode_stored
+from evospec.server.responses.objects import (
     FailureDetail,
     FunctionCall,
     IncompleteDetails,
@@ -30,12 +30,12 @@ from server.responses.objects import (
     Status,
     ThoughtText,
 )
-from server.responses.request import Item, ResponsesRequest
-from server.schemas.chat import ChatCompletionRequest
-from server.serving import Serving
-from server.sse import named_event
-from server.tenants import Tenant
-from server.tools.blocks import Block, Change
+from evospec.server.responses.request import Item, ResponsesRequest
+from evospec.server.schemas.chat import ChatCompletionRequest
+from evospec.server.serving import Serving
+from evospec.server.sse import named_event
+from evospec.server.tenants import Tenant
+from evospec.server.tools.blocks import Block, Change
 
 _PREFIXES = {"text": "msg", "call": "fc", "thoughts": "rs"}
 _TEXTS = {"text": "output_text", "call": "function_call_arguments", "thoughts": "reasoning_text"}

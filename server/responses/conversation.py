@@ -9,10 +9,10 @@ from typing import Any
 import msgspec
 from pydantic import TypeAdapter, ValidationError
 
-from server.chat_generation import chat_request
-from server.errors import ApiError, bad_request
-from server.responses.objects import FunctionCall, ResponseObject, StoredResponse
-from server.responses.request import (
+from evospec.server.chat_generation import chat_request
+from evospec.server.errors import ApiError, bad_request
+from evospec.server.responses.objects import FunctionCall, ResponseObject, StoredResponse
+from evospec.server.responses.request import (
     CallItem,
     CallOutputItem,
     FunctionChoice,
@@ -25,10 +25,10 @@ from server.responses.request import (
     SchemaFormat,
     TextConfig,
 )
-from server.responses.store import NoSuchResponse
-from server.schemas.chat import ChatCompletionRequest, text_of
-from server.schemas.constraints import JsonObjectFormat, JsonSchemaFormat, JsonSchemaSpec
-from server.schemas.tools import FunctionName, NamedChoice, PastCall, Tool, ToolChoice
+from evospec.server.responses.store import NoSuchResponse
+from evospec.server.schemas.chat import ChatCompletionRequest, text_of
+from evospec.server.schemas.constraints import JsonObjectFormat, JsonSchemaFormat, JsonSchemaSpec
+from evospec.server.schemas.tools import FunctionName, NamedChoice, PastCall, Tool, ToolChoice
 
 _STORED = msgspec.json.Decoder(StoredResponse)
 _ITEMS: TypeAdapter[list[Item]] = TypeAdapter(Items)

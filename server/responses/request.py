@@ -8,12 +8,12 @@ import msgspec
 from pydantic import BeforeValidator, Discriminator, Field, Tag, field_serializer
 from pydantic_core import PydanticCustomError
 
-from server.schemas.body import Harmless, LenientBody, NoOp, at_most
-from server.schemas.chat import MAX_MESSAGES, ChatCompletionRequest, few_parts
-from server.schemas.constraints import JsonObjectFormat, JsonSchemaSpec, TextFormat
-from server.schemas.fields import CommonFields
-from server.schemas.tools import MAX_TOOLS, Arguments, ToolName
-from server.schemas.unsupported import NEUTRAL, UNSUPPORTED
+from evospec.server.schemas.body import Harmless, LenientBody, NoOp, at_most
+from evospec.server.schemas.chat import MAX_MESSAGES, ChatCompletionRequest, few_parts
+from evospec.server.schemas.constraints import JsonObjectFormat, JsonSchemaSpec, TextFormat
+from evospec.server.schemas.fields import CommonFields
+from evospec.server.schemas.tools import MAX_TOOLS, Arguments, ToolName
+from evospec.server.schemas.unsupported import NEUTRAL, UNSUPPORTED
 
 _SYNONYMS = {
     "messages": "input",

@@ -8,10 +8,10 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 
-from server.body_room import BodyRoom
-from server.errors import ApiError
-from server.options import ResponsesConfig
-from server.redis_gate import RedisGate, RedisUnavailable, needs_redis
+from evospec.server.body_room import BodyRoom
+from evospec.server.errors import ApiError
+from evospec.server.options import ResponsesConfig
+from evospec.server.redis_gate import RedisGate, RedisUnavailable, needs_redis
 
 _ID = re.compile(r"resp_[0-9a-f]{32}")
 _MOST_RESPONSES = 1000

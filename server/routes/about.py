@@ -13,16 +13,16 @@ from fastapi.security import HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import JSONResponse, Response
 
-from engine.models.sampling_defaults import SamplingDefaults
-from server.engine_client import EngineDead
-from server.errors import ApiError, shutting_down
-from server.json_bodies import JsonResponse
-from server.openapi import errors, success
-from server.params import check_model
-from server.routes.tenant_route import CurrentTenant, TenantRoute, current_tenant
-from server.schemas.overview import Overview
-from server.serving import CurrentServing, Serving
-from server.tenants import METRICS_PATH, Tenant, authenticate, is_admin
+from evospec.engine.models.sampling_defaults import SamplingDefaults
+from evospec.server.engine_client import EngineDead
+from evospec.server.errors import ApiError, shutting_down
+from evospec.server.json_bodies import JsonResponse
+from evospec.server.openapi import errors, success
+from evospec.server.params import check_model
+from evospec.server.routes.tenant_route import CurrentTenant, TenantRoute, current_tenant
+from evospec.server.schemas.overview import Overview
+from evospec.server.serving import CurrentServing, Serving
+from evospec.server.tenants import METRICS_PATH, Tenant, authenticate, is_admin
 
 router = APIRouter(route_class=TenantRoute)
 public_router = APIRouter()

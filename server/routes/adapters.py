@@ -9,12 +9,12 @@ from fastapi import APIRouter, Depends, Path, Request
 from fastapi.security import HTTPBearer
 from starlette.responses import Response
 
-from engine.online.adapter_control import AdapterCommand, AdapterStatus, WorkerStatus
-from server.errors import ApiError
-from server.json_bodies import JsonResponse
-from server.openapi import errors, success
-from server.serving import CurrentServing
-from server.tenants import is_admin, sent_key
+from evospec.engine.online.adapter_control import AdapterCommand, AdapterStatus, WorkerStatus
+from evospec.server.errors import ApiError
+from evospec.server.json_bodies import JsonResponse
+from evospec.server.openapi import errors, success
+from evospec.server.serving import CurrentServing
+from evospec.server.tenants import is_admin, sent_key
 
 
 class Adapter(msgspec.Struct, frozen=True, kw_only=True):

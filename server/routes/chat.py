@@ -5,14 +5,14 @@ from __future__ import annotations
 from fastapi import APIRouter
 from starlette.responses import Response
 
-from engine.messages import TokenLogprob
-from server.answer import ChoicesAnswer
-from server.chat_generation import begin_chat
-from server.generation import Generation, Piece
-from server.logprobs import chat_logprobs
-from server.openapi import errors, success
-from server.routes.tenant_route import CurrentTenant, CurrentWork, SessionHeader, TenantRoute
-from server.schemas.chat import (
+from evospec.engine.messages import TokenLogprob
+from evospec.server.answer import ChoicesAnswer
+from evospec.server.chat_generation import begin_chat
+from evospec.server.generation import Generation, Piece
+from evospec.server.logprobs import chat_logprobs
+from evospec.server.openapi import errors, success
+from evospec.server.routes.tenant_route import CurrentTenant, CurrentWork, SessionHeader, TenantRoute
+from evospec.server.schemas.chat import (
     ChatChoice,
     ChatChunk,
     ChatChunkChoice,
@@ -21,9 +21,9 @@ from server.schemas.chat import (
     ChatLogprobs,
     Delta,
 )
-from server.serving import CurrentServing, Serving
-from server.tools.answer_parser import AnswerParser
-from server.tools.message_writer import MessageWriter
+from evospec.server.serving import CurrentServing, Serving
+from evospec.server.tools.answer_parser import AnswerParser
+from evospec.server.tools.message_writer import MessageWriter
 
 router = APIRouter(route_class=TenantRoute)
 

@@ -9,22 +9,22 @@ from dataclasses import replace
 from fastapi import APIRouter
 from starlette.responses import Response
 
-from engine.text.tokenizer import Tokenizer
-from server.answer import ChoicesAnswer
-from server.errors import bad_request
-from server.generation import LOGPROB_SIZE, Generation, Piece
-from server.logprobs import CompletionLogprobsFormatter, join_logprobs
-from server.openapi import errors, success
-from server.params import TokenizedPrompt, check_request, fit_max_tokens, to_sampling_params, tokenize_prompts
-from server.routes.tenant_route import CurrentTenant, CurrentWork, SessionHeader, TenantRoute
-from server.schemas.completions import (
+from evospec.engine.text.tokenizer import Tokenizer
+from evospec.server.answer import ChoicesAnswer
+from evospec.server.errors import bad_request
+from evospec.server.generation import LOGPROB_SIZE, Generation, Piece
+from evospec.server.logprobs import CompletionLogprobsFormatter, join_logprobs
+from evospec.server.openapi import errors, success
+from evospec.server.params import TokenizedPrompt, check_request, fit_max_tokens, to_sampling_params, tokenize_prompts
+from evospec.server.routes.tenant_route import CurrentTenant, CurrentWork, SessionHeader, TenantRoute
+from evospec.server.schemas.completions import (
     DEFAULT_MAX_TOKENS,
     Completion,
     CompletionChoice,
     CompletionLogprobs,
     CompletionRequest,
 )
-from server.serving import CurrentServing, Serving
+from evospec.server.serving import CurrentServing, Serving
 
 router = APIRouter(route_class=TenantRoute)
 _MAX_ECHO = 16 * 1024**2

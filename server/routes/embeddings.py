@@ -12,16 +12,16 @@ from fastapi import APIRouter
 from pydantic import Field
 from starlette.responses import Response
 
-from engine.messages import SamplingParams
-from server.generation import Generation, Piece
-from server.json_bodies import JsonResponse
-from server.openapi import errors, success
-from server.params import check_model, tokenize_prompts
-from server.routes.tenant_route import CurrentTenant, CurrentWork, TenantRoute
-from server.schemas.body import LenientBody
-from server.schemas.completions import Prompt
-from server.serving import CurrentServing
-from server.sse import run_until_disconnect
+from evospec.engine.messages import SamplingParams
+from evospec.server.generation import Generation, Piece
+from evospec.server.json_bodies import JsonResponse
+from evospec.server.openapi import errors, success
+from evospec.server.params import check_model, tokenize_prompts
+from evospec.server.routes.tenant_route import CurrentTenant, CurrentWork, TenantRoute
+from evospec.server.schemas.body import LenientBody
+from evospec.server.schemas.completions import Prompt
+from evospec.server.serving import CurrentServing
+from evospec.server.sse import run_until_disconnect
 
 router = APIRouter(route_class=TenantRoute)
 _PROMPT_ONLY = SamplingParams(max_tokens=1, seed=0, temperature=0, num_speculative_tokens=0, embedding=True)

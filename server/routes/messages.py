@@ -5,14 +5,14 @@ from __future__ import annotations
 from fastapi import APIRouter
 from starlette.responses import Response
 
-from server.anthropic.answer import ErrorMessage, MessageEvent, MessageObject, MessagesAnswer, TokenCount
-from server.anthropic.request import CountTokensRequest, MessagesRequest, to_chat
-from server.chat_generation import begin_chat, encode_chat
-from server.json_bodies import JsonResponse
-from server.openapi import errors, success
-from server.params import check_model
-from server.routes.tenant_route import CurrentTenant, CurrentWork, SessionHeader, TenantRoute
-from server.serving import CurrentServing
+from evospec.server.anthropic.answer import ErrorMessage, MessageEvent, MessageObject, MessagesAnswer, TokenCount
+from evospec.server.anthropic.request import CountTokensRequest, MessagesRequest, to_chat
+from evospec.server.chat_generation import begin_chat, encode_chat
+from evospec.server.json_bodies import JsonResponse
+from evospec.server.openapi import errors, success
+from evospec.server.params import check_model
+from evospec.server.routes.tenant_route import CurrentTenant, CurrentWork, SessionHeader, TenantRoute
+from evospec.server.serving import CurrentServing
 
 
 class MessagesRoute(TenantRoute):

@@ -9,16 +9,16 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from server.chat_generation import begin_chat
-from server.errors import bad_request
-from server.json_bodies import JsonResponse
-from server.openapi import errors, success
-from server.responses.answer import ResponsesAnswer
-from server.responses.conversation import all_items, fields_of_responses, stored_response, to_chat
-from server.responses.objects import DeletedResponse, ResponseEvent, ResponseObject
-from server.responses.request import ResponsesRequest
-from server.routes.tenant_route import CurrentTenant, CurrentWork, SessionHeader, TenantRoute
-from server.serving import CurrentServing
+from evospec.server.chat_generation import begin_chat
+from evospec.server.errors import bad_request
+from evospec.server.json_bodies import JsonResponse
+from evospec.server.openapi import errors, success
+from evospec.server.responses.answer import ResponsesAnswer
+from evospec.server.responses.conversation import all_items, fields_of_responses, stored_response, to_chat
+from evospec.server.responses.objects import DeletedResponse, ResponseEvent, ResponseObject
+from evospec.server.responses.request import ResponsesRequest
+from evospec.server.routes.tenant_route import CurrentTenant, CurrentWork, SessionHeader, TenantRoute
+from evospec.server.serving import CurrentServing
 
 router = APIRouter(route_class=TenantRoute)
 

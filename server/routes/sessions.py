@@ -6,14 +6,14 @@ from fastapi import APIRouter
 from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.responses import Response
 
-from server.errors import bad_request
-from server.json_bodies import JsonResponse
-from server.openapi import errors, success
-from server.params import find_session
-from server.routes.tenant_route import CurrentTenant, TenantRoute
-from server.schemas.sessions import CreateSessionRequest, DeletedSession, Session
-from server.serving import CurrentServing
-from server.session_ids import new_session_id, user_session_id
+from evospec.server.errors import bad_request
+from evospec.server.json_bodies import JsonResponse
+from evospec.server.openapi import errors, success
+from evospec.server.params import find_session
+from evospec.server.routes.tenant_route import CurrentTenant, TenantRoute
+from evospec.server.schemas.sessions import CreateSessionRequest, DeletedSession, Session
+from evospec.server.serving import CurrentServing
+from evospec.server.session_ids import new_session_id, user_session_id
 
 
 class _SessionConvertor(PathConvertor):

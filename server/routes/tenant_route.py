@@ -15,14 +15,14 @@ from pydantic import TypeAdapter, ValidationError
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from server.body_room import BodyRoom
-from server.errors import ApiError, body_error, shutting_down
-from server.json_bodies import decode_json
-from server.schemas.body import Leniency
-from server.serving import Serving
-from server.sse import ClientDisconnected
-from server.tenants import Tenant, authenticate
-from server.work_shares import SMALL, RequestWork
+from evospec.server.body_room import BodyRoom
+from evospec.server.errors import ApiError, body_error, shutting_down
+from evospec.server.json_bodies import decode_json
+from evospec.server.schemas.body import Leniency
+from evospec.server.serving import Serving
+from evospec.server.sse import ClientDisconnected
+from evospec.server.tenants import Tenant, authenticate
+from evospec.server.work_shares import SMALL, RequestWork
 
 _PLAIN_NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
 """What may stand in a header."""

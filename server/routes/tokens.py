@@ -10,16 +10,16 @@ from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 from starlette.responses import Response
 
-from engine.messages import EngineReady
-from engine.text.tokenizer import Tokenizer
-from server.json_bodies import JsonResponse
-from server.openapi import errors, success
-from server.params import check_model, check_token_ids, encode_messages, encode_text
-from server.routes.tenant_route import CurrentTenant, CurrentWork, TenantRoute
-from server.schemas.body import Body
-from server.schemas.chat import MAX_MESSAGES, Message, TemplateVariables, few_parts
-from server.schemas.fields import TokenId
-from server.serving import CurrentServing
+from evospec.engine.messages import EngineReady
+from evospec.engine.text.tokenizer import Tokenizer
+from evospec.server.json_bodies import JsonResponse
+from evospec.server.openapi import errors, success
+from evospec.server.params import check_model, check_token_ids, encode_messages, encode_text
+from evospec.server.routes.tenant_route import CurrentTenant, CurrentWork, TenantRoute
+from evospec.server.schemas.body import Body
+from evospec.server.schemas.chat import MAX_MESSAGES, Message, TemplateVariables, few_parts
+from evospec.server.schemas.fields import TokenId
+from evospec.server.serving import CurrentServing
 
 router = APIRouter(route_class=TenantRoute)
 

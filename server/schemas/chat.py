@@ -11,12 +11,12 @@ from msgspec import UNSET, UnsetType
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from engine.messages import TokenSource
-from server.schemas.answers import AnswerBody, Usage
-from server.schemas.body import Body, Harmless, LenientBody, NoOp, at_most
-from server.schemas.constraints import VLLM_CONSTRAINTS
-from server.schemas.fields import SamplingFields
-from server.schemas.tools import MAX_TOOLS, NamedChoice, PastCalls, Tool, ToolCall, ToolCallDelta, ToolChoice
+from evospec.engine.messages import TokenSource
+from evospec.server.schemas.answers import AnswerBody, Usage
+from evospec.server.schemas.body import Body, Harmless, LenientBody, NoOp, at_most
+from evospec.server.schemas.constraints import VLLM_CONSTRAINTS
+from evospec.server.schemas.fields import SamplingFields
+from evospec.server.schemas.tools import MAX_TOOLS, NamedChoice, PastCalls, Tool, ToolCall, ToolCallDelta, ToolChoice
 
 MAX_MESSAGES = 2048
 MAX_PARTS = 2048

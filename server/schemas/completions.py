@@ -8,9 +8,9 @@ import msgspec
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from server.schemas.answers import AnswerBody
-from server.schemas.fields import SamplingFields, TokenId
-from server.schemas.unsupported import OF_CHAT, UNSUPPORTED
+from evospec.server.schemas.answers import AnswerBody
+from evospec.server.schemas.fields import SamplingFields, TokenId
+from evospec.server.schemas.unsupported import OF_CHAT, UNSUPPORTED
 
 MAX_PROMPTS = 1024
 DEFAULT_MAX_TOKENS = 16

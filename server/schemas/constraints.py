@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal
 import msgspec
 from pydantic import Field
 
-from engine.messages import Grammar
-from engine.sampling.json_schema import MAX_SCHEMA_CHARS, GrammarError, check_json_schema
-from server.errors import bad_request
-from server.schemas.body import Body, Harmless, LenientBody, NoOp
+from evospec.engine.messages import Grammar
+from evospec.engine.sampling.json_schema import MAX_SCHEMA_CHARS, GrammarError, check_json_schema
+from evospec.server.errors import bad_request
+from evospec.server.schemas.body import Body, Harmless, LenientBody, NoOp
 
 VLLM_CONSTRAINTS = {"structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"}
 _MAX_CHOICES = 1024

@@ -7,11 +7,11 @@ from typing import Annotated, Any, Self
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from engine.config import MAX_SPECULATIVE_TOKENS
-from server.schemas.body import Harmless, LenientBody, at_most
-from server.schemas.constraints import ConstraintFields
-from server.schemas.unsupported import SYNONYMS, UNSUPPORTED
-from server.session_ids import MAX_NAME_CHARS
+from evospec.engine.config import MAX_SPECULATIVE_TOKENS
+from evospec.server.schemas.body import Harmless, LenientBody, at_most
+from evospec.server.schemas.constraints import ConstraintFields
+from evospec.server.schemas.unsupported import SYNONYMS, UNSUPPORTED
+from evospec.server.session_ids import MAX_NAME_CHARS
 
 MAX_STOP_STRINGS = 16
 MAX_LOGIT_BIAS = 1024

@@ -7,8 +7,8 @@ from typing import Literal
 import msgspec
 from pydantic import Field
 
-from server.schemas.body import Body
-from server.session_ids import MAX_NAME_CHARS
+from evospec.server.schemas.body import Body
+from evospec.server.session_ids import MAX_NAME_CHARS
 
 DOMAIN_PATTERN = "^[a-z0-9][a-z0-9_-]{0,31}$"
 

@@ -9,7 +9,7 @@ from msgspec import UNSET, UnsetType
 from pydantic import BeforeValidator, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-from server.schemas.body import LenientBody
+from evospec.server.schemas.body import LenientBody
 
 MAX_TOOLS = 128
 MAX_CALLS = 128

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from server.tools.chat_format import THINK_BEGIN, THINK_END, CallFormat, ChatFormat
+from evospec.server.tools.chat_format import THINK_BEGIN, THINK_END, CallFormat, ChatFormat
 
 if TYPE_CHECKING:
     from transformers.utils.chat_parsing import ResponseParser

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 import msgspec
 
-from server.generation import Piece
-from server.tools.answer_parser import AnswerParser, Kind, Part
+from evospec.server.generation import Piece
+from evospec.server.tools.answer_parser import AnswerParser, Kind, Part
 
 
 @dataclass

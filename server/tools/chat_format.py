@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from engine.text.tokenizer import Tokenizer
+from evospec.engine.text.tokenizer import Tokenizer
 
 THINK_BEGIN, THINK_END = "<think>", "</think>"
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 from msgspec import UNSET
 
-from server.generation import Piece
-from server.schemas.chat import AssistantMessage, Delta, FinishReason
-from server.schemas.tools import CalledFunction, FunctionDelta, ToolCall, ToolCallDelta
-from server.tools.answer_parser import AnswerParser, Kind, Part
+from evospec.server.generation import Piece
+from evospec.server.schemas.chat import AssistantMessage, Delta, FinishReason
+from evospec.server.schemas.tools import CalledFunction, FunctionDelta, ToolCall, ToolCallDelta
+from evospec.server.tools.answer_parser import AnswerParser, Kind, Part
 
 
 class MessageWriter:

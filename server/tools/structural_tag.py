@@ -12,8 +12,8 @@ from typing import Any
 
 import msgspec
 
-from engine.messages import Grammar
-from engine.sampling.json_schema import (
+from evospec.engine.messages import Grammar
+from evospec.engine.sampling.json_schema import (
     MAX_SCHEMA_CHARS,
     GrammarError,
     annotations_in,
@@ -22,10 +22,10 @@ from engine.sampling.json_schema import (
     rewrite_patterns,
     subschemas,
 )
-from server.errors import bad_request
-from server.schemas.chat import ChatCompletionRequest
-from server.schemas.tools import Function, NamedChoice
-from server.tools.chat_format import THINK_BEGIN, THINK_END, CallFormat, ChatFormat
+from evospec.server.errors import bad_request
+from evospec.server.schemas.chat import ChatCompletionRequest
+from evospec.server.schemas.tools import Function, NamedChoice
+from evospec.server.tools.chat_format import THINK_BEGIN, THINK_END, CallFormat, ChatFormat
 
 _ANY_OBJECT = {"type": "object", "additionalProperties": True}
 _NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}

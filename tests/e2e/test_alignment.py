@@ -12,7 +12,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from server.tenants import hash_key
+from evospec.server.tenants import hash_key
 from tests.running_server import AT_ONCE, EXPERIMENTS, RunningServer
 
 KEY = "evs-admin"

@@ -12,8 +12,8 @@ from typing import Any
 import httpx
 import numpy as np
 
-from engine.text.tokenizer import Tokenizer
-from server.tenants import hash_key
+from evospec.engine.text.tokenizer import Tokenizer
+from evospec.server.tenants import hash_key
 from tests.running_server import EXPERIMENTS, RunningServer
 from tests.tiny_models import make_directory, soften_layers
 

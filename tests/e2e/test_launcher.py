@@ -20,11 +20,11 @@ from typing import Any
 import httpx
 import pytest
 
-from engine.models.registry import REGISTRY
-from engine.speculation.draft_files import DRAFTS
-from server import cli, launcher
-from server.settings import ConfigurationError
-from server.tenants import hash_key
+from evospec.engine.models.registry import REGISTRY
+from evospec.engine.speculation.draft_files import DRAFTS
+from evospec.server import cli, launcher
+from evospec.server.settings import ConfigurationError
+from evospec.server.tenants import hash_key
 from tests.running_command import run_evospec
 from tests.running_server import AT_ONCE, EVOSPEC, SMALL, RunningServer
 from tests.tiny_models import make_directory

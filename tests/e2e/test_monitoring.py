@@ -18,14 +18,14 @@ import pytest
 import torch
 from redis import Redis
 
-from adapters.alignment.store import AdapterStore
 from benchmarks.dashboards import DASHBOARDS, Prometheus, query_panels
-from engine.adapters_config import AdaptersConfig
-from engine.models.eagle3 import load_draft
-from engine.models.lora import draft_fingerprint, lora_layout
-from engine.speculation.draft_files import DRAFTS
-from server.session_ids import session_key
-from server.tenants import hash_key
+from evospec.adapters.alignment.store import AdapterStore
+from evospec.engine.adapters_config import AdaptersConfig
+from evospec.engine.models.eagle3 import load_draft
+from evospec.engine.models.lora import draft_fingerprint, lora_layout
+from evospec.engine.speculation.draft_files import DRAFTS
+from evospec.server.session_ids import session_key
+from evospec.server.tenants import hash_key
 from tests.running_prometheus import BINARY, running_prometheus
 from tests.running_server import EXPERIMENTS, RunningServer
 from tests.tiny_models import make_directory

@@ -12,7 +12,7 @@ import httpx
 import pytest
 from playwright.sync_api import Browser, Page, Route, expect
 
-from server.tenants import hash_key
+from evospec.server.tenants import hash_key
 from tests.running_browser import BINARY, running_browser
 from tests.running_server import AT_ONCE, SMALL, RunningServer
 

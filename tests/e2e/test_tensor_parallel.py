@@ -15,9 +15,9 @@ import httpx
 import msgspec
 import pytest
 
-from engine.config import EngineConfig, ModelConfig, RuntimeConfig
-from engine.models.config import ModelError
-from engine.validation import validated_files
+from evospec.engine.config import EngineConfig, ModelConfig, RuntimeConfig
+from evospec.engine.models.config import ModelError
+from evospec.engine.validation import validated_files
 from tests.exactness import SETTINGS
 from tests.running_server import AT_ONCE, SMALL, RunningServer
 from tests.sharded_texts import Texts, requests

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from engine.models.config import ModelFiles
-from engine.text.tokenizer import Tokenizer
+from evospec.engine.models.config import ModelFiles
+from evospec.engine.text.tokenizer import Tokenizer
 from tests.integration.running_api import running_api
 from tests.integration.tools_model import TEMPLATE, Serve
 from tests.tiny_models import make_directory

@@ -9,8 +9,8 @@ from typing import Any
 
 import uvicorn
 
-from server.http_protocol import bounded_http
-from server.options import HttpConfig
+from evospec.server.http_protocol import bounded_http
+from evospec.server.options import HttpConfig
 
 Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 Connect = Callable[[], Awaitable[Connection]]

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import yaml
 
-from engine.messages import EngineOutput, EngineRequest
-from engine.models.config import ModelFiles
-from engine.text.tokenizer import Tokenizer
+from evospec.engine.messages import EngineOutput, EngineRequest
+from evospec.engine.models.config import ModelFiles
+from evospec.engine.text.tokenizer import Tokenizer
 from tests.integration.running_api import TEXT
 from tests.integration.running_fleet import RouterCommand, running_fleet
 from tests.integration.scripted_engine import Script

@@ -13,11 +13,11 @@ from typing import Any
 import httpx
 import uvicorn
 
-from engine.models.config import ModelFiles
-from engine.text.tokenizer import Tokenizer
-from server.app import create_app
-from server.http_protocol import bounded_http
-from server.settings import load_settings
+from evospec.engine.models.config import ModelFiles
+from evospec.engine.text.tokenizer import Tokenizer
+from evospec.server.app import create_app
+from evospec.server.http_protocol import bounded_http
+from evospec.server.settings import load_settings
 from tests.integration.scripted_engine import Script, ScriptedEngine
 from tests.tiny_models import VOCAB_SIZE
 

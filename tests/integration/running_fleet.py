@@ -11,8 +11,8 @@ from pathlib import Path
 import httpx
 
 from benchmarks.common.process import free_port
-from engine.models.config import ModelFiles
-from engine.text.tokenizer import Tokenizer
+from evospec.engine.models.config import ModelFiles
+from evospec.engine.text.tokenizer import Tokenizer
 from tests.integration.running_api import TEXT, Api, running_api
 from tests.integration.scripted_engine import Script
 

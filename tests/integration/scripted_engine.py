@@ -13,7 +13,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from engine.messages import (
+from evospec.engine.messages import (
     AbortRequests,
     ClientMessage,
     EngineOutput,

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from engine.draft_vocab.ngram_counts import NgramCounts
-from engine.draft_vocab.snapshot import decode, encode, make_snapshot
-from kernels.session_options import NUM_FEATURES
+from evospec.engine.draft_vocab.ngram_counts import NgramCounts
+from evospec.engine.draft_vocab.snapshot import decode, encode, make_snapshot
+from evospec.kernels.session_options import NUM_FEATURES
 from tests.tiny_models import VOCAB_SIZE, VOCABULARY
 
 

@@ -16,17 +16,24 @@ import pytest
 import torch
 from redis import Redis
 
-from adapters.alignment import worker as worker_program
-from adapters.alignment.aligner import KeyAligner
-from adapters.alignment.pace import Pacer
-from adapters.alignment.records import Assembler
-from adapters.alignment.store import AdapterStore
-from adapters.alignment.taught import TaughtDraft
-from adapters.alignment.worker import AdapterWorker
-from engine.adapters_config import AdaptersConfig, GuardConfig, PaceConfig, ReplayConfig, TokenLogConfig, TrainingConfig
-from engine.config import CONFIG_VARIABLE, EngineConfig, ModelConfig, SpeculationConfig
-from engine.models.lora import lora_layout
-from engine.online.adapter_control import (
+from evospec.adapters.alignment import worker as worker_program
+from evospec.adapters.alignment.aligner import KeyAligner
+from evospec.adapters.alignment.pace import Pacer
+from evospec.adapters.alignment.records import Assembler
+from evospec.adapters.alignment.store import AdapterStore
+from evospec.adapters.alignment.taught import TaughtDraft
+from evospec.adapters.alignment.worker import AdapterWorker
+from evospec.engine.adapters_config import (
+    AdaptersConfig,
+    GuardConfig,
+    PaceConfig,
+    ReplayConfig,
+    TokenLogConfig,
+    TrainingConfig,
+)
+from evospec.engine.config import CONFIG_VARIABLE, EngineConfig, ModelConfig, SpeculationConfig
+from evospec.engine.models.lora import lora_layout
+from evospec.engine.online.adapter_control import (
     AdapterCommand,
     AdapterStatus,
     WorkerStatus,
@@ -34,9 +41,9 @@ from engine.online.adapter_control import (
     decode_status,
     status_key,
 )
-from engine.online.shared_file import SharedMemoryError
-from engine.online.token_log import LoggedRecord
-from engine.online.weight_layout import WeightLayout
+from evospec.engine.online.shared_file import SharedMemoryError
+from evospec.engine.online.token_log import LoggedRecord
+from evospec.engine.online.weight_layout import WeightLayout
 from tests.drifting_traffic import Answer, DriftingTraffic, MadeUpEngine, TinyDraft
 from tests.integration.test_token_log import Valkey
 from tests.killable_processes import processes

@@ -13,9 +13,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from redis import Redis
 
-from engine.adapters_config import TokenLogConfig
-from engine.messages import AlignmentStats, EngineStats
-from engine.online.adapter_control import (
+from evospec.engine.adapters_config import TokenLogConfig
+from evospec.engine.messages import AlignmentStats, EngineStats
+from evospec.engine.online.adapter_control import (
     AdapterCommand,
     AdapterStatus,
     WorkerStatus,
@@ -23,7 +23,7 @@ from engine.online.adapter_control import (
     encode_status,
     status_key,
 )
-from server.tenants import hash_key
+from evospec.server.tenants import hash_key
 
 KEY = "evs-admin"
 ADMIN = {"Authorization": f"Bearer {KEY}"}

@@ -19,26 +19,26 @@ import numpy as np
 import pytest
 import torch
 
-from engine.adapters_config import AdaptersConfig
-from engine.config import SpeculationConfig
-from engine.messages import SamplingParams, SessionState
-from engine.models.config import ModelFiles
-from engine.models.eagle3 import load_draft
-from engine.models.lora import draft_fingerprint, lora_layout
-from engine.online import adapters as eagle_adapters
-from engine.online import run_writer, verify_log, verify_record
-from engine.online.adapter_control import adapter_key
-from engine.online.feature_ring import FeatureRingReader
-from engine.online.token_log import TokenLog
-from engine.online.verify_record import VerifyRecord
-from engine.online.weight_channel import WeightWriter
-from engine.online.whole_draft import whole_layout
-from engine.request import Request
-from engine.speculation.length.cost_meter import CostMeter
-from engine.speculation.length.costs import Curve, StepCosts
-from engine.speculation.speculator import Speculator
-from engine.step_plan import ScheduledSequence
-from kernels import native
+from evospec.engine.adapters_config import AdaptersConfig
+from evospec.engine.config import SpeculationConfig
+from evospec.engine.messages import SamplingParams, SessionState
+from evospec.engine.models.config import ModelFiles
+from evospec.engine.models.eagle3 import load_draft
+from evospec.engine.models.lora import draft_fingerprint, lora_layout
+from evospec.engine.online import adapters as eagle_adapters
+from evospec.engine.online import run_writer, verify_log, verify_record
+from evospec.engine.online.adapter_control import adapter_key
+from evospec.engine.online.feature_ring import FeatureRingReader
+from evospec.engine.online.token_log import TokenLog
+from evospec.engine.online.verify_record import VerifyRecord
+from evospec.engine.online.weight_channel import WeightWriter
+from evospec.engine.online.whole_draft import whole_layout
+from evospec.engine.request import Request
+from evospec.engine.speculation.length.cost_meter import CostMeter
+from evospec.engine.speculation.length.costs import Curve, StepCosts
+from evospec.engine.speculation.speculator import Speculator
+from evospec.engine.step_plan import ScheduledSequence
+from evospec.kernels import native
 from tests.alignment import exchange_whole_drafts, make_alignment, make_prompts, read_records
 from tests.combinations import pairwise
 from tests.exactness import NUM_TOKENS, SETTINGS, make_sampling

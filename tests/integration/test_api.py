@@ -12,10 +12,10 @@ import msgspec
 import pytest
 from structlog.testing import capture_logs
 
-from engine.messages import EngineOutput, EngineRequest, EngineStats, StepTimings, TokenLogprob
-from engine.text.tokenizer import Tokenizer
-from server import sse
-from server.tenants import hash_key
+from evospec.engine.messages import EngineOutput, EngineRequest, EngineStats, StepTimings, TokenLogprob
+from evospec.engine.text.tokenizer import Tokenizer
+from evospec.server import sse
+from evospec.server.tenants import hash_key
 from tests.integration.running_api import CHAT, TEXT
 from tests.integration.scripted_engine import Script, ScriptedEngine
 from tests.tiny_models import VOCAB_SIZE

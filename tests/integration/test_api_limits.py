@@ -11,11 +11,11 @@ from typing import Any
 import httpx
 import pytest
 
-from engine.messages import EngineOutput, EngineRequest
-from engine.models.config import ModelFiles
-from engine.text.tokenizer import Tokenizer
-from server.rate_limit import TokenBuckets
-from server.tenants import hash_key
+from evospec.engine.messages import EngineOutput, EngineRequest
+from evospec.engine.models.config import ModelFiles
+from evospec.engine.text.tokenizer import Tokenizer
+from evospec.server.rate_limit import TokenBuckets
+from evospec.server.tenants import hash_key
 from tests.integration.running_api import Api, running_api
 from tests.tiny_models import VOCAB_SIZE
 

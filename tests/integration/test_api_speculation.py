@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from engine.messages import EngineOutput, EngineRequest
+from evospec.engine.messages import EngineOutput, EngineRequest
 
 # (draft tokens, accepted ones) of the four steps that make 1 + 1 + 3 + 3 tokens; the first is the prompt's.
 STEPS = [(0, 0), (3, 0), (3, 2), (2, 2)]

@@ -12,7 +12,7 @@ from benchmarks.common.acceptance import length
 from benchmarks.common.drafting import Drafting
 from benchmarks.vocabulary import sessions
 from benchmarks.vocabulary.sessions import Ask, answers, counts, make_sides, recorded
-from engine.models.config import ModelFiles
+from evospec.engine.models.config import ModelFiles
 from tests.tiny_drafts import make_draft_directory
 from tests.tiny_models import make_directory
 

@@ -12,9 +12,9 @@ import pytest
 import typer
 from structlog.testing import capture_logs
 
-from engine.messages import EngineOutput, EngineRequest
-from server.cli import app
-from server.tenants import hash_key
+from evospec.engine.messages import EngineOutput, EngineRequest
+from evospec.server.cli import app
+from evospec.server.tenants import hash_key
 
 
 def script(request: EngineRequest) -> Iterable[EngineOutput]:

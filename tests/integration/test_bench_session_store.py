@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.session_store import filled, measure, table
-from engine.messages import EngineReady
+from evospec.engine.messages import EngineReady
 from tests.integration.snapshots import snapshot_of
 from tests.tiny_models import VOCAB_SIZE, VOCABULARY
 

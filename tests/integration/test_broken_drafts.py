@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from engine.config import SpeculationConfig
-from engine.messages import SamplingParams
-from engine.models.config import ModelFiles
-from engine.models.eagle3 import save_draft
-from engine.speculation.drafters.head import COUNTS_FILE
-from engine.speculation.length.policy import LengthPolicy
+from evospec.engine.config import SpeculationConfig
+from evospec.engine.messages import SamplingParams
+from evospec.engine.models.config import ModelFiles
+from evospec.engine.models.eagle3 import save_draft
+from evospec.engine.speculation.drafters.head import COUNTS_FILE
+from evospec.engine.speculation.length.policy import LengthPolicy
 from tests.combinations import pairwise
 from tests.tiny_drafts import Engine, Setting, random_draft
 from tests.tiny_models import VOCAB_SIZE, make_directory

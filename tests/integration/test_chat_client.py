@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from engine.messages import EngineOutput, EngineRequest, TokenLogprob, TokenSource
-from engine.text.tokenizer import Tokenizer
-from server import chat_client
-from server.chat_client import Conversation, chat
-from server.remote import RemoteError
-from server.tenants import hash_key
+from evospec.engine.messages import EngineOutput, EngineRequest, TokenLogprob, TokenSource
+from evospec.engine.text.tokenizer import Tokenizer
+from evospec.server import chat_client
+from evospec.server.chat_client import Conversation, chat
+from evospec.server.remote import RemoteError
+from evospec.server.tenants import hash_key
 from tests.integration.scripted_engine import Script
 
 
@@ -126,7 +126,7 @@ async def test_an_answer_that_is_stopped_is_kept_as_far_as_it_came(
             raise KeyboardInterrupt
         return original(*arguments)
 
-    monkeypatch.setattr(f"server.chat_client.{place}", interrupted)
+    monkeypatch.setattr(f"evospec.server.chat_client.{place}", interrupted)
     async with serve(answers) as api:
         await talk(str(api.client.base_url), None, "Hi\nAnd?\n", monkeypatch, at_terminal=True)
         _, second = api.engine.requests

@@ -12,17 +12,17 @@ import msgspec
 import numpy as np
 import pytest
 
-from engine.config import MAX_COPIED_TOKENS, MAX_SPECULATIVE_TOKENS, SpeculationConfig
-from engine.core import Outputs
-from engine.draft_vocab.running_texts import RunningTexts
-from engine.messages import EngineOutput, SamplingParams, SessionState, StepTimings
-from engine.models.config import ModelFiles
-from engine.request import Request
-from engine.speculation.drafters.eagle import EagleProposer
-from engine.speculation.drafters.lookup import PromptLookup
-from engine.speculation.length.cost_meter import CostMeter
-from engine.speculation.length.costs import Curve, StepCosts
-from engine.speculation.length.policy import Copy
+from evospec.engine.config import MAX_COPIED_TOKENS, MAX_SPECULATIVE_TOKENS, SpeculationConfig
+from evospec.engine.core import Outputs
+from evospec.engine.draft_vocab.running_texts import RunningTexts
+from evospec.engine.messages import EngineOutput, SamplingParams, SessionState, StepTimings
+from evospec.engine.models.config import ModelFiles
+from evospec.engine.request import Request
+from evospec.engine.speculation.drafters.eagle import EagleProposer
+from evospec.engine.speculation.drafters.lookup import PromptLookup
+from evospec.engine.speculation.length.cost_meter import CostMeter
+from evospec.engine.speculation.length.costs import Curve, StepCosts
+from evospec.engine.speculation.length.policy import Copy
 from tests.tiny_drafts import Engine, Setting, make_draft_directory
 from tests.tiny_models import make_directory
 

@@ -13,12 +13,12 @@ import torch
 import zmq
 from safetensors.torch import load_file, save_file
 
-from engine.config import SpeculationConfig
-from engine.messages import EngineMessage, EngineOutput, EngineRequest, Grammar, Hello, SamplingParams
-from engine.models.verify import FileCheck
-from engine.process import EngineProcess
-from engine.sampling.choose import SamplingState
-from engine.verifier import Verifier
+from evospec.engine.config import SpeculationConfig
+from evospec.engine.messages import EngineMessage, EngineOutput, EngineRequest, Grammar, Hello, SamplingParams
+from evospec.engine.models.verify import FileCheck
+from evospec.engine.process import EngineProcess
+from evospec.engine.sampling.choose import SamplingState
+from evospec.engine.verifier import Verifier
 from tests.tiny_drafts import CLIENT, Engine, Setting
 from tests.tiny_models import make_directory
 
@@ -93,7 +93,7 @@ def test_a_prompts_tokens_are_counted_for_penalties_once_it_has_been_computed(
             counted.append(params)
             super().__init__(params, prompt_token_ids)
 
-    monkeypatch.setattr("engine.sampling.sampler.SamplingState", CountedState)
+    monkeypatch.setattr("evospec.engine.sampling.sampler.SamplingState", CountedState)
     engine = Engine(make_directory(tmp_path / "model"), Setting(max_num_seqs=1))
     sampling = [SamplingParams(max_tokens=4, seed=seed, repetition_penalty=1.5, ignore_eos=True) for seed in range(3)]
     for number, params in enumerate(sampling):
@@ -160,7 +160,7 @@ def test_a_flood_of_requests_is_taken_a_little_at_a_time(
         now += 0.002
         taken.append(payload)
 
-    monkeypatch.setattr("engine.process.time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr("evospec.engine.process.time", SimpleNamespace(monotonic=lambda: now))
     monkeypatch.setattr(EngineProcess, "_handle", handle)
     address = f"ipc://{tmp_path}/engine.sock"
     process = EngineProcess(address, engine.core, FileCheck({}))

@@ -17,7 +17,7 @@ from prometheus_client import REGISTRY
 
 from benchmarks import dashboards
 from benchmarks.dashboards import GRID_COLUMNS, Series, draw, format_value, query_panels
-from server.metrics import Metrics
+from evospec.server.metrics import Metrics
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 FILES = sorted(dashboards.DASHBOARDS.glob("*.json"))
@@ -128,7 +128,7 @@ def test_recorded_series_that_panels_show_are_recorded() -> None:
 def test_metrics_that_panels_show_are_exported() -> None:
     """That they also have values is for ``tests/e2e/test_monitoring.py``."""
     suffixes = {"counter": ["_total"], "histogram": ["_bucket", "_sum", "_count"], "gauge": [""]}
-    importlib.import_module("server.cli")  # and with it all that counts into REGISTRY
+    importlib.import_module("evospec.server.cli")  # and with it all that counts into REGISTRY
     registries = [Metrics("a-model").registry, REGISTRY]
     metrics = [metric for registry in registries for metric in registry.collect()]
     exported = {f"{metric.name}{suffix}" for metric in metrics for suffix in suffixes.get(metric.type, [])}

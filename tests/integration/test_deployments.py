@@ -13,8 +13,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from server.options import HttpConfig
-from server.settings import load_settings
+from evospec.server.options import HttpConfig
+from evospec.server.settings import load_settings
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 KEYS = "acme=" + "0" * 64

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from engine.config import DynamicConfig, SpeculationConfig
-from engine.messages import SamplingParams
-from engine.models.config import ModelFiles
-from engine.speculation.drafters.eagle import EagleProposer
-from engine.speculation.drafters.head import DraftHead
-from engine.speculation.length.policy import Chain, Draftable, LengthPolicy
-from engine.step_plan import DraftSlot
-from kernels import native
-from kernels.native_chain import CONFIDENCE_LEVELS, ChainBatch, ChainResult, NativeChain, StopRule
+from evospec.engine.config import DynamicConfig, SpeculationConfig
+from evospec.engine.messages import SamplingParams
+from evospec.engine.models.config import ModelFiles
+from evospec.engine.speculation.drafters.eagle import EagleProposer
+from evospec.engine.speculation.drafters.head import DraftHead
+from evospec.engine.speculation.length.policy import Chain, Draftable, LengthPolicy
+from evospec.engine.step_plan import DraftSlot
+from evospec.kernels import native
+from evospec.kernels.native_chain import CONFIDENCE_LEVELS, ChainBatch, ChainResult, NativeChain, StopRule
 from tests.tiny_drafts import Engine, Setting, make_draft_directory
 from tests.tiny_models import make_directory
 

@@ -17,25 +17,25 @@ import torch
 import torch.nn.functional as F
 from msgspec import structs
 
-from engine.attention.base import AttentionSpec
-from engine.attention.torch_paged import TorchPagedAttention
-from engine.batch import Features
-from engine.config import CacheConfig, EngineConfig, ModelConfig, RuntimeConfig, SpeculationConfig
-from engine.loader import LoadedModel, load
-from engine.messages import SamplingParams
-from engine.model_runner import build_batch
-from engine.models.config import ModelFiles
-from engine.models.decoder import RotaryEmbedding
-from engine.models.eagle3 import Eagle3
-from engine.models.registry import validate_model_files
-from engine.request import Request
-from engine.speculation.drafters import kv as entries
-from engine.speculation.drafters.base import Proposer
-from engine.speculation.drafters.eagle import EagleDraft
-from engine.speculation.drafters.head import DraftHead, next_positions
-from engine.speculation.drafters.kv import Chunk
-from engine.step_plan import DraftSlot, ScheduledSequence
-from kernels.native_chain import StopRule
+from evospec.engine.attention.base import AttentionSpec
+from evospec.engine.attention.torch_paged import TorchPagedAttention
+from evospec.engine.batch import Features
+from evospec.engine.config import CacheConfig, EngineConfig, ModelConfig, RuntimeConfig, SpeculationConfig
+from evospec.engine.loader import LoadedModel, load
+from evospec.engine.messages import SamplingParams
+from evospec.engine.model_runner import build_batch
+from evospec.engine.models.config import ModelFiles
+from evospec.engine.models.decoder import RotaryEmbedding
+from evospec.engine.models.eagle3 import Eagle3
+from evospec.engine.models.registry import validate_model_files
+from evospec.engine.request import Request
+from evospec.engine.speculation.drafters import kv as entries
+from evospec.engine.speculation.drafters.base import Proposer
+from evospec.engine.speculation.drafters.eagle import EagleDraft
+from evospec.engine.speculation.drafters.head import DraftHead, next_positions
+from evospec.engine.speculation.drafters.kv import Chunk
+from evospec.engine.step_plan import DraftSlot, ScheduledSequence
+from evospec.kernels.native_chain import StopRule
 from tests.tiny_drafts import Engine, Setting, random_draft
 from tests.tiny_models import make_directory
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.draft_vocab.resources import LIGHT_DRAFT_WEIGHTS
+from evospec.engine.draft_vocab.resources import LIGHT_DRAFT_WEIGHTS
 from tests.emulated_engine import Job, Ran, StepCost, begin, layer_launches, run_all
 
 MOST_WAITS, MOST_LAUNCHES, MOST_LAUNCHES_A_LAYER = 4, 40, 12

@@ -19,13 +19,20 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from engine.config import CacheConfig, EngineConfig, ModelConfig, RuntimeConfig, SchedulerConfig, SpeculationConfig
-from engine.core import EngineCore
-from engine.loader import LoadedModel, load
-from engine.messages import EngineRequest, SamplingParams
-from engine.models.config import ModelFiles
-from engine.models.registry import validate_model_files
-from engine.text.tokenizer import Tokenizer
+from evospec.engine.config import (
+    CacheConfig,
+    EngineConfig,
+    ModelConfig,
+    RuntimeConfig,
+    SchedulerConfig,
+    SpeculationConfig,
+)
+from evospec.engine.core import EngineCore
+from evospec.engine.loader import LoadedModel, load
+from evospec.engine.messages import EngineRequest, SamplingParams
+from evospec.engine.models.config import ModelFiles
+from evospec.engine.models.registry import validate_model_files
+from evospec.engine.text.tokenizer import Tokenizer
 from tests.reference_logits import check_logits, transformers_model
 
 NUM_TOKENS, FEW_TOKENS = 48, 20

@@ -12,9 +12,9 @@ import httpx
 import pytest
 
 from benchmarks.fleet.envoy import envoy_command
-from engine.messages import EngineOutput, EngineRequest
-from engine.models.config import ModelFiles
-from engine.text.tokenizer import Tokenizer
+from evospec.engine.messages import EngineOutput, EngineRequest
+from evospec.engine.models.config import ModelFiles
+from evospec.engine.text.tokenizer import Tokenizer
 from tests.integration.running_api import TEXT
 from tests.integration.running_fleet import is_healthy, running_fleet
 from tests.integration.scripted_engine import Script

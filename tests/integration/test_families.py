@@ -19,18 +19,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from adapters.target_parts import load_target_parts
-from engine.config import MAX_SPECULATIVE_TOKENS, ModelConfig, SpeculationConfig
-from engine.messages import SamplingParams
-from engine.models.config import ModelError
-from engine.models.decoder import RotaryEmbedding
-from engine.models.families.known import FAMILIES as KNOWN
-from engine.models.families.known import spec_from_config
-from engine.models.native_decoder import unsupported_shape
-from engine.models.registry import validate_model_files
-from kernels import native
-from kernels.between_products import rms_norm
-from kernels.native import Team
+from evospec.adapters.target_parts import load_target_parts
+from evospec.engine.config import MAX_SPECULATIVE_TOKENS, ModelConfig, SpeculationConfig
+from evospec.engine.messages import SamplingParams
+from evospec.engine.models.config import ModelError
+from evospec.engine.models.decoder import RotaryEmbedding
+from evospec.engine.models.families.known import FAMILIES as KNOWN
+from evospec.engine.models.families.known import spec_from_config
+from evospec.engine.models.native_decoder import unsupported_shape
+from evospec.engine.models.registry import validate_model_files
+from evospec.kernels import native
+from evospec.kernels.between_products import rms_norm
+from evospec.kernels.native import Team
 from tests.any_json import JSON
 from tests.native_models import check_model, hidden_by_position, random_tokens
 from tests.reference_logits import check_greedy, check_logits, load, logits_of, transformers_model

@@ -6,14 +6,21 @@ from pathlib import Path
 
 import torch
 
-from adapters.training.generate import FeatureRecorder, Generator, Job
-from engine.config import CacheConfig, EngineConfig, ModelConfig, RuntimeConfig, SchedulerConfig, SpeculationConfig
-from engine.core import EngineCore
-from engine.messages import EngineRequest, SamplingParams
-from engine.models.config import ModelFiles
-from engine.models.registry import validate_model_files
-from engine.request import engine_request_id
-from engine.text.tokenizer import Tokenizer
+from evospec.adapters.training.generate import FeatureRecorder, Generator, Job
+from evospec.engine.config import (
+    CacheConfig,
+    EngineConfig,
+    ModelConfig,
+    RuntimeConfig,
+    SchedulerConfig,
+    SpeculationConfig,
+)
+from evospec.engine.core import EngineCore
+from evospec.engine.messages import EngineRequest, SamplingParams
+from evospec.engine.models.config import ModelFiles
+from evospec.engine.models.registry import validate_model_files
+from evospec.engine.request import engine_request_id
+from evospec.engine.text.tokenizer import Tokenizer
 from tests.tiny_models import make_directory
 
 CLIENT = b"test"

@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from engine.attention.base import AttentionSpec
-from engine.attention.flashinfer import FlashInferAttention, page_table, unsupported_reason
-from engine.attention.torch_paged import TorchPagedAttention
+from evospec.engine.attention.base import AttentionSpec
+from evospec.engine.attention.flashinfer import FlashInferAttention, page_table, unsupported_reason
+from evospec.engine.attention.torch_paged import TorchPagedAttention
 from tests.emulated_flashinfer import DECODE, PREFILL, SIGNATURES
 from tests.ragged_batches import RaggedSequences, attention_spec, compare_backends, largest_row_error
 

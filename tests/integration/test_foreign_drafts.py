@@ -13,15 +13,15 @@ from safetensors.torch import load_file, save_file
 from structlog.testing import capture_logs
 from transformers import AutoModelForCausalLM
 
-from engine.config import SpeculationConfig
-from engine.messages import SamplingParams
-from engine.models.config import ModelFiles
-from engine.speculation import speculator
-from engine.speculation.drafters.eagle import EagleProposer
-from engine.speculation.drafters.head import COUNTS_FILE, DraftHead
-from engine.step_plan import DraftSlot
-from kernels import native
-from kernels.native_chain import StopRule
+from evospec.engine.config import SpeculationConfig
+from evospec.engine.messages import SamplingParams
+from evospec.engine.models.config import ModelFiles
+from evospec.engine.speculation import speculator
+from evospec.engine.speculation.drafters.eagle import EagleProposer
+from evospec.engine.speculation.drafters.head import COUNTS_FILE, DraftHead
+from evospec.engine.step_plan import DraftSlot
+from evospec.kernels import native
+from evospec.kernels.native_chain import StopRule
 from tests.exactness import SAMPLED, SETTINGS
 from tests.foreign_drafts import CHECKPOINTS, NUM_LAYERS, VOCAB, Checkpoint
 from tests.reference.eagle3 import ReferenceDraft

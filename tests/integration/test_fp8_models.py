@@ -10,14 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from engine.models.config import ModelFiles
-from engine.models.decoder import TorchDecoder, load_model
-from engine.models.mlp import Mlp
-from engine.models.projection import Fp8Linear, Linear, Projection
-from engine.models.registry import validate_model_files
-from engine.models.weights import open_weights
-from engine.tensor_parallel.ranks import Ranks
-from kernels.fp8 import quantize_rows
+from evospec.engine.models.config import ModelFiles
+from evospec.engine.models.decoder import TorchDecoder, load_model
+from evospec.engine.models.mlp import Mlp
+from evospec.engine.models.projection import Fp8Linear, Linear, Projection
+from evospec.engine.models.registry import validate_model_files
+from evospec.engine.models.weights import open_weights
+from evospec.engine.tensor_parallel.ranks import Ranks
+from evospec.kernels.fp8 import quantize_rows
 from tests.kept_weights import LoneRank, projections
 from tests.native_models import random_tokens
 from tests.quantized_models import WAYS

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from adapters.alignment import store as store_module
-from adapters.alignment import worker as worker_program
-from adapters.alignment.worker import AdapterWorker
-from engine.adapters_config import AdaptersConfig
-from engine.online.token_log import LoggedRecord
+from evospec.adapters.alignment import store as store_module
+from evospec.adapters.alignment import worker as worker_program
+from evospec.adapters.alignment.worker import AdapterWorker
+from evospec.engine.adapters_config import AdaptersConfig
+from evospec.engine.online.token_log import LoggedRecord
 from tests.drifting_traffic import Answer, DriftingTraffic, MadeUpEngine, TinyDraft
 from tests.integration.test_adapter_worker import (
     command,

@@ -25,25 +25,25 @@ import tokenizers
 import torch
 
 from benchmarks.attack.compiling import SLOW
-from engine.config import ModelConfig, SpeculationConfig
-from engine.core import EngineCore
-from engine.draft_vocab.vocab import DraftVocab
-from engine.messages import EngineOutput, EngineRequest, Grammar, SamplingParams
-from engine.models.registry import resolve_model
-from engine.request import Request
-from engine.sampling import constrained, grammar_client, grammar_pool
-from engine.sampling.grammar import GrammarCompiler, GrammarMatcher
-from engine.sampling.grammar_client import GrammarProcess, ProcessCursor
-from engine.sampling.grammar_cursor import GRAMMAR_CONTRADICTS, GrammarCursor
-from engine.sampling.grammar_in_place import InPlaceCursor
-from engine.sampling.grammar_pool import GrammarPool
-from engine.sampling.json_schema import GrammarError, check_json_schema
-from engine.sampling.sampler import Sampler, SamplingRows
-from engine.speculation.drafters.base import DraftCosts, Proposer
-from engine.step_plan import DraftSlot
-from engine.text.tokenizer import Tokenizer
-from engine.truncation import StopChecker
-from kernels.native_chain import StopRule
+from evospec.engine.config import ModelConfig, SpeculationConfig
+from evospec.engine.core import EngineCore
+from evospec.engine.draft_vocab.vocab import DraftVocab
+from evospec.engine.messages import EngineOutput, EngineRequest, Grammar, SamplingParams
+from evospec.engine.models.registry import resolve_model
+from evospec.engine.request import Request
+from evospec.engine.sampling import constrained, grammar_client, grammar_pool
+from evospec.engine.sampling.grammar import GrammarCompiler, GrammarMatcher
+from evospec.engine.sampling.grammar_client import GrammarProcess, ProcessCursor
+from evospec.engine.sampling.grammar_cursor import GRAMMAR_CONTRADICTS, GrammarCursor
+from evospec.engine.sampling.grammar_in_place import InPlaceCursor
+from evospec.engine.sampling.grammar_pool import GrammarPool
+from evospec.engine.sampling.json_schema import GrammarError, check_json_schema
+from evospec.engine.sampling.sampler import Sampler, SamplingRows
+from evospec.engine.speculation.drafters.base import DraftCosts, Proposer
+from evospec.engine.step_plan import DraftSlot
+from evospec.engine.text.tokenizer import Tokenizer
+from evospec.engine.truncation import StopChecker
+from evospec.kernels.native_chain import StopRule
 from tests.grammars import begin, compiled, schema, settle, with_grammar
 from tests.tiny_drafts import Engine, Setting
 from tests.tiny_models import make_directory
@@ -360,7 +360,7 @@ def test_a_process_that_nobody_waits_for_any_more_is_ended(pool: GrammarPool) ->
 
 
 QUICKLY_OUT_OF_PATIENCE = """
-from engine.sampling import grammar_process
+from evospec.engine.sampling import grammar_process
 grammar_process.COMPILE_SECONDS = 1.0
 grammar_process.main()
 """
@@ -522,7 +522,11 @@ def test_one_request_that_cannot_go_on_ends_alone(tmp_path: Path) -> None:
 def grammar_processes() -> list[psutil.Process]:
     """Those of this process that enforce a grammar, without those that fork them."""
     ours = [each for each in psutil.Process().children(recursive=True) if each.status() != psutil.STATUS_ZOMBIE]
-    return [each for each in ours if "engine.sampling.grammar_process" in each.cmdline() and each.ppid() != os.getpid()]
+    return [
+        each
+        for each in ours
+        if "evospec.engine.sampling.grammar_process" in each.cmdline() and each.ppid() != os.getpid()
+    ]
 
 
 @pytest.mark.parametrize("setting", [Setting(), Setting(num_blocks=16, max_batched_tokens=20)])

@@ -11,15 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from adapters.alignment import growth
-from adapters.alignment.aligner import KeyAligner
-from adapters.alignment.exchange import obey
-from adapters.alignment.growth import DraftGrower, seed_of_draft, training_batch
-from adapters.alignment.pace import Pacer
-from adapters.alignment.records import Segment
-from adapters.alignment.taught import TaughtDraft
-from adapters.alignment.worker import AdapterWorker
-from engine.adapters_config import (
+from evospec.adapters.alignment import growth
+from evospec.adapters.alignment.aligner import KeyAligner
+from evospec.adapters.alignment.exchange import obey
+from evospec.adapters.alignment.growth import DraftGrower, seed_of_draft, training_batch
+from evospec.adapters.alignment.pace import Pacer
+from evospec.adapters.alignment.records import Segment
+from evospec.adapters.alignment.taught import TaughtDraft
+from evospec.adapters.alignment.worker import AdapterWorker
+from evospec.engine.adapters_config import (
     AdaptersConfig,
     GrowthConfig,
     GuardConfig,
@@ -28,14 +28,14 @@ from engine.adapters_config import (
     TokenLogConfig,
     TrainingConfig,
 )
-from engine.config import SpeculationConfig
-from engine.messages import SamplingParams
-from engine.models.config import ModelFiles
-from engine.models.registry import validate_model_files
-from engine.models.weights import open_weights
-from engine.online.adapter_control import AdapterCommand
-from engine.online.whole_draft import growing_fingerprint
-from kernels.session_options import NUM_FEATURES
+from evospec.engine.config import SpeculationConfig
+from evospec.engine.messages import SamplingParams
+from evospec.engine.models.config import ModelFiles
+from evospec.engine.models.registry import validate_model_files
+from evospec.engine.models.weights import open_weights
+from evospec.engine.online.adapter_control import AdapterCommand
+from evospec.engine.online.whole_draft import growing_fingerprint
+from evospec.kernels.session_options import NUM_FEATURES
 from tests.tiny_drafts import Engine, Setting
 from tests.tiny_models import make_directory, soften_layers
 

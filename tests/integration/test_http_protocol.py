@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from server import http_protocol
-from server.connections import REFUSED
-from server.http_protocol import longest_body_time
+from evospec.server import http_protocol
+from evospec.server.connections import REFUSED
+from evospec.server.http_protocol import longest_body_time
 from tests.integration.http_sockets import is_closed, pour, read_response, read_whole_response, serving
 
 LIMIT = 4096

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from server.instance_directory import instance_directory
-from server.settings import ConfigurationError
+from evospec.server.instance_directory import instance_directory
+from evospec.server.settings import ConfigurationError
 
 INSTANCE = """
-from server.instance_directory import instance_directory
+from evospec.server.instance_directory import instance_directory
 with instance_directory() as directory:
     (directory / "left.sock").touch()
     print(directory, flush=True)

@@ -9,14 +9,14 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType
 
-from engine.models.config import ModelFiles
-from engine.models.decoder import TorchDecoder, load_model
-from engine.models.projection import Int4Linear, Linear, Projection
-from engine.models.registry import validate_model_files
-from engine.models.weight_reader import WeightReader
-from engine.models.weights import open_weights
-from engine.tensor_parallel.ranks import Ranks
-from kernels.int4 import dequantized
+from evospec.engine.models.config import ModelFiles
+from evospec.engine.models.decoder import TorchDecoder, load_model
+from evospec.engine.models.projection import Int4Linear, Linear, Projection
+from evospec.engine.models.registry import validate_model_files
+from evospec.engine.models.weight_reader import WeightReader
+from evospec.engine.models.weights import open_weights
+from evospec.engine.tensor_parallel.ranks import Ranks
+from evospec.kernels.int4 import dequantized
 from tests.kept_weights import LoneRank, projections
 from tests.native_models import random_tokens
 from tests.quantized_models import Q4, WAYS

@@ -13,15 +13,15 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from engine.config import SpeculationConfig
-from engine.messages import SamplingParams
-from engine.models.config import ModelFiles
-from engine.request import Request
-from engine.sampling import sampler
-from engine.sampling.choose import SamplingState
-from engine.sampling.processors import LogitsEdits
-from engine.sampling.sampler import SamplingRows
-from kernels.choose_tokens import RowSampling
+from evospec.engine.config import SpeculationConfig
+from evospec.engine.messages import SamplingParams
+from evospec.engine.models.config import ModelFiles
+from evospec.engine.request import Request
+from evospec.engine.sampling import sampler
+from evospec.engine.sampling.choose import SamplingState
+from evospec.engine.sampling.processors import LogitsEdits
+from evospec.engine.sampling.sampler import SamplingRows
+from evospec.kernels.choose_tokens import RowSampling
 from tests.exact_distribution import distribution, edited
 from tests.reference_logits import transformers_model
 from tests.tiny_drafts import Engine, Setting

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from engine.messages import EngineOutput, EngineRequest
-from server.tenants import hash_key
+from evospec.engine.messages import EngineOutput, EngineRequest
+from evospec.server.tenants import hash_key
 from tests.integration.http_sockets import Connection, is_closed, pour, read_response
 from tests.integration.running_api import Api
 

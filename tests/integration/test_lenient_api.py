@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from engine.messages import EngineOutput, EngineRequest
-from engine.models.config import ModelFiles
-from engine.text.tokenizer import Tokenizer
+from evospec.engine.messages import EngineOutput, EngineRequest
+from evospec.engine.models.config import ModelFiles
+from evospec.engine.text.tokenizer import Tokenizer
 from tests.integration.running_api import running_api
 
 PATHS = ["/v1/completions", "/v1/chat/completions"]

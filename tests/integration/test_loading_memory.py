@@ -19,16 +19,16 @@ import torch
 from gguf import GGMLQuantizationType
 from safetensors.torch import save_file
 
-from engine.models.config import ModelFiles
-from engine.models.decoder import TorchDecoder, load_model
-from engine.models.native_decoder import NativeDecoder
-from engine.models.quantization.known import quantization_of
-from engine.models.registry import validate_model_files
-from engine.models.safetensors_spec import read_config
-from engine.models.stored_tensors import stored_shapes
-from engine.models.weights import open_weights
-from kernels import native
-from kernels.native import Team
+from evospec.engine.models.config import ModelFiles
+from evospec.engine.models.decoder import TorchDecoder, load_model
+from evospec.engine.models.native_decoder import NativeDecoder
+from evospec.engine.models.quantization.known import quantization_of
+from evospec.engine.models.registry import validate_model_files
+from evospec.engine.models.safetensors_spec import read_config
+from evospec.engine.models.stored_tensors import stored_shapes
+from evospec.engine.models.weights import open_weights
+from evospec.kernels import native
+from evospec.kernels.native import Team
 from tests.quantized_models import AWQ, FP8, GPTQ, change_config, compressed
 from tests.tiny_models import make_directory, make_gguf
 

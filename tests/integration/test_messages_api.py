@@ -12,9 +12,9 @@ import anthropic
 import pytest
 from anthropic.types import Message
 
-from engine.messages import EngineOutput, EngineRequest
-from engine.text.tokenizer import Tokenizer
-from server.tenants import hash_key
+from evospec.engine.messages import EngineOutput, EngineRequest
+from evospec.engine.text.tokenizer import Tokenizer
+from evospec.server.tenants import hash_key
 from tests.integration.running_api import Api
 from tests.integration.tools_model import CALL, THOUGHT, Serve, prompt, saying
 

@@ -15,14 +15,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
-from engine.models.config import ModelError, ModelFiles, ModelSpec
-from engine.models.config_keys import ConfigKeys
-from engine.models.families.base import Family
-from engine.models.families.known import FAMILIES, spec_from_config
-from engine.models.gguf_file import GGUFFile
-from engine.models.gguf_spec import spec_from_gguf
-from engine.models.registry import validate_model_files
-from engine.text.tokenizer import Tokenizer
+from evospec.engine.models.config import ModelError, ModelFiles, ModelSpec
+from evospec.engine.models.config_keys import ConfigKeys
+from evospec.engine.models.families.base import Family
+from evospec.engine.models.families.known import FAMILIES, spec_from_config
+from evospec.engine.models.gguf_file import GGUFFile
+from evospec.engine.models.gguf_spec import spec_from_gguf
+from evospec.engine.models.registry import validate_model_files
+from evospec.engine.text.tokenizer import Tokenizer
 from tests.tiny_models import make_directory, make_gguf, tiny_config
 
 HUGE = 4 * 10**12

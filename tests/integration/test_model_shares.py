@@ -16,18 +16,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from engine.config import CacheConfig, EngineConfig, ModelConfig, RuntimeConfig
-from engine.loader import LoadedModel
-from engine.loader import load as load_here
-from engine.models.config import ModelFiles
-from engine.models.decoder import load_model
-from engine.models.registry import validate_model_files
-from engine.models.weights import open_weights
-from engine.speculation.drafters.head import DraftHead
-from engine.speculation.drafters.session_head import make_tails
-from engine.tensor_parallel.model import Shard, ShardedModel
-from engine.tensor_parallel.ranks import Argument, Ranks
-from kernels.head_rows import EMPTY
+from evospec.engine.config import CacheConfig, EngineConfig, ModelConfig, RuntimeConfig
+from evospec.engine.loader import LoadedModel
+from evospec.engine.loader import load as load_here
+from evospec.engine.models.config import ModelFiles
+from evospec.engine.models.decoder import load_model
+from evospec.engine.models.registry import validate_model_files
+from evospec.engine.models.weights import open_weights
+from evospec.engine.speculation.drafters.head import DraftHead
+from evospec.engine.speculation.drafters.session_head import make_tails
+from evospec.engine.tensor_parallel.model import Shard, ShardedModel
+from evospec.engine.tensor_parallel.ranks import Argument, Ranks
+from evospec.kernels.head_rows import EMPTY
 from tests.reference_logits import CPU, load, logits_of
 from tests.tiny_families import FAMILIES, TinyFamily
 from tests.tiny_models import make_directory

@@ -10,10 +10,10 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 from safetensors.torch import load_file, save_file
 
-from engine.models.config import ModelError
-from engine.models.decoder import TorchDecoder
-from engine.models.registry import validate_model_files
-from engine.models.weights import ALL, open_weights
+from evospec.engine.models.config import ModelError
+from evospec.engine.models.decoder import TorchDecoder
+from evospec.engine.models.registry import validate_model_files
+from evospec.engine.models.weights import ALL, open_weights
 from tests.reference_logits import PagedSequences, check_logits, load, logits_of, transformers_model
 from tests.tiny_models import VOCAB_SIZE, make_directory, make_gguf
 

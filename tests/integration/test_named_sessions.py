@@ -10,9 +10,9 @@ import pytest
 from redis.asyncio import Redis
 from structlog.testing import capture_logs
 
-from server.options import SessionsConfig
-from server.session_ids import find_session_id, new_session_id, session_key, sessions_key
-from server.tenants import hash_key
+from evospec.server.options import SessionsConfig
+from evospec.server.session_ids import find_session_id, new_session_id, session_key, sessions_key
+from evospec.server.tenants import hash_key
 from tests.integration.running_api import CHAT, TEXT
 from tests.integration.snapshots import snapshot_of, tokens_of
 from tests.integration.test_session_store import ENGINE, Fixture, server_at

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from kernels.build import build, find_compiler, is_current
-from kernels.targets import PLAIN, TARGETS, Target, best_target
+from evospec.kernels.build import build, find_compiler, is_current
+from evospec.kernels.targets import PLAIN, TARGETS, Target, best_target
 
 AVX2 = TARGETS[-1]
 KERNELS = ("native_kernels", "native_eagle3", "draft_head", "batched_lora")
@@ -17,10 +17,10 @@ FILES = [*(f"tests/unit/test_{name}.py" for name in KERNELS + SAMPLING), "tests/
 # Before anything imports the list: a process loads one library.
 RUN = """
 import sys
-from kernels import targets
+from evospec.kernels import targets
 targets.TARGETS = tuple(target for target in targets.TARGETS if target.name in sys.argv[1])
 import pytest
-from kernels import native, session_library
+from evospec.kernels import native, session_library
 assert not targets.TARGETS or native.unsupported_reason() is None, native.unsupported_reason()
 assert sys.argv[1] in session_library.load()._name
 sys.exit(pytest.main(sys.argv[2:]))

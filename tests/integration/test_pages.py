@@ -10,8 +10,8 @@ from typing import Any
 import jinja2
 import pytest
 
-from engine.messages import EngineOutput, EngineRequest
-from server.tenants import hash_key
+from evospec.engine.messages import EngineOutput, EngineRequest
+from evospec.server.tenants import hash_key
 from tests.integration.running_api import CHAT
 
 ORIGIN = "https://app.example.org"

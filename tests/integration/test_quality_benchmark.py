@@ -6,7 +6,7 @@ import torch
 
 from benchmarks.common.in_process import engine_config
 from benchmarks.quality import CHUNK, FIRST, Chunks
-from engine.config import CacheConfig, SpeculationConfig
+from evospec.engine.config import CacheConfig, SpeculationConfig
 
 
 def test_log_probabilities_do_not_depend_on_how_many_positions_are_computed_at_once() -> None:

@@ -22,14 +22,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from engine.messages import SamplingParams
-from engine.models.config import ModelError
-from engine.models.quantization.base import Array, read_once
-from engine.models.quantization.known import quantization_of
-from engine.models.registry import validate_model_files
-from engine.models.weights import ALL, open_weights
-from kernels import native
-from kernels.native import Team
+from evospec.engine.messages import SamplingParams
+from evospec.engine.models.config import ModelError
+from evospec.engine.models.quantization.base import Array, read_once
+from evospec.engine.models.quantization.known import quantization_of
+from evospec.engine.models.registry import validate_model_files
+from evospec.engine.models.weights import ALL, open_weights
+from evospec.kernels import native
+from evospec.kernels.native import Team
 from tests.any_json import JSON
 from tests.native_models import check_model, random_tokens
 from tests.quantized_models import AWQ, FP8, GPTQ, WAYS, Way, compressed

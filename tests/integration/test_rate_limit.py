@@ -16,12 +16,12 @@ from typing import Literal
 import pytest
 from structlog.testing import capture_logs
 
-from server.errors import ApiError
-from server.options import RedisConfig
-from server.processes import valkey_url as url_of_valkey_in
-from server.rate_limit import RateLimiter, TokenBuckets
-from server.redis_gate import REDIS_ERRORS, REDIS_SKIPPED, RedisGate
-from server.tenants import Tenant
+from evospec.server.errors import ApiError
+from evospec.server.options import RedisConfig
+from evospec.server.processes import valkey_url as url_of_valkey_in
+from evospec.server.rate_limit import RateLimiter, TokenBuckets
+from evospec.server.redis_gate import REDIS_ERRORS, REDIS_SKIPPED, RedisGate
+from evospec.server.tenants import Tenant
 from tests.running_valkey import running_valkey
 
 PATIENCE = 10.0

@@ -12,23 +12,23 @@ from urllib.parse import quote
 import pytest
 import torch
 
-from adapters.alignment.control import ControlChannel
-from adapters.alignment.shared_versions import SharedVersions
 from benchmarks.common.process import free_port
 from benchmarks.fleet.valkeys import PASSWORD, Valkeys, running_cluster, running_sentinel
-from engine.online.adapter_control import AdapterStatus, WorkerStatus
-from engine.online.token_log import TokenLog, TokenLogReader
-from engine.online.weight_layout import TensorSpec, WeightLayout
-from engine.redis_clients import check_url
-from server.adapter_control import AdapterControl
-from server.errors import ApiError
-from server.options import ResponsesConfig, SessionsConfig
-from server.rate_limit import RateLimiter
-from server.redis_gate import RedisGate
-from server.responses.store import ResponseStore
-from server.session_ids import new_session_id
-from server.session_store import LoadedSession
-from server.tenants import Tenant
+from evospec.adapters.alignment.control import ControlChannel
+from evospec.adapters.alignment.shared_versions import SharedVersions
+from evospec.engine.online.adapter_control import AdapterStatus, WorkerStatus
+from evospec.engine.online.token_log import TokenLog, TokenLogReader
+from evospec.engine.online.weight_layout import TensorSpec, WeightLayout
+from evospec.engine.redis_clients import check_url
+from evospec.server.adapter_control import AdapterControl
+from evospec.server.errors import ApiError
+from evospec.server.options import ResponsesConfig, SessionsConfig
+from evospec.server.rate_limit import RateLimiter
+from evospec.server.redis_gate import RedisGate
+from evospec.server.responses.store import ResponseStore
+from evospec.server.session_ids import new_session_id
+from evospec.server.session_store import LoadedSession
+from evospec.server.tenants import Tenant
 from tests.integration.snapshots import snapshot_of, tokens_of
 from tests.integration.test_session_store import ENGINE, TENANT, Fixture, server_at
 from tests.integration.test_token_log import STREAM, record

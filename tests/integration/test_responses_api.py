@@ -14,10 +14,10 @@ from openai.types.responses import Response
 from pydantic import BaseModel
 from redis.asyncio import Redis
 
-from engine.messages import EngineOutput, EngineRequest
-from engine.text.tokenizer import Tokenizer
-from server import sse
-from server.tenants import hash_key
+from evospec.engine.messages import EngineOutput, EngineRequest
+from evospec.engine.text.tokenizer import Tokenizer
+from evospec.server import sse
+from evospec.server.tenants import hash_key
 from tests.integration.running_api import Api
 from tests.integration.tools_model import CALL, THOUGHT, Serve, prompt, saying
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType
 
-from engine.messages import SamplingParams
-from engine.models.config import ModelFiles
-from kernels import native
+from evospec.engine.messages import SamplingParams
+from evospec.engine.models.config import ModelFiles
+from evospec.kernels import native
 from tests.tiny_drafts import Engine, Setting
 from tests.tiny_models import VOCAB_SIZE, make_directory, make_gguf
 

@@ -13,17 +13,17 @@ import pytest
 from redis.asyncio import Redis
 from structlog.testing import capture_logs
 
-from engine.draft_vocab.snapshot import MAX_BYTES
-from engine.messages import EngineReady
-from server import session_store
-from server.errors import ApiError
-from server.metrics import Metrics
-from server.options import RedisConfig, SessionsConfig
-from server.redis_gate import REDIS_ERRORS, RedisGate
-from server.session_hashes import Conflict
-from server.session_ids import find_session_id, new_session_id, session_key, user_session_id
-from server.session_store import LoadedSession, SessionStore
-from server.work_shares import WorkShares
+from evospec.engine.draft_vocab.snapshot import MAX_BYTES
+from evospec.engine.messages import EngineReady
+from evospec.server import session_store
+from evospec.server.errors import ApiError
+from evospec.server.metrics import Metrics
+from evospec.server.options import RedisConfig, SessionsConfig
+from evospec.server.redis_gate import REDIS_ERRORS, RedisGate
+from evospec.server.session_hashes import Conflict
+from evospec.server.session_ids import find_session_id, new_session_id, session_key, user_session_id
+from evospec.server.session_store import LoadedSession, SessionStore
+from evospec.server.work_shares import WorkShares
 from tests.integration.snapshots import counts_of, snapshot_of, tokens_of
 from tests.tiny_models import VOCAB_SIZE, VOCABULARY
 

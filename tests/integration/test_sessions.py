@@ -14,12 +14,12 @@ import pytest
 from redis.asyncio import Redis
 from structlog.testing import capture_logs
 
-from engine.messages import EngineOutput, EngineRequest
-from engine.models.config import ModelFiles
-from engine.text.tokenizer import Tokenizer
-from server.processes import valkey_url
-from server.session_ids import session_key
-from server.tenants import hash_key
+from evospec.engine.messages import EngineOutput, EngineRequest
+from evospec.engine.models.config import ModelFiles
+from evospec.engine.text.tokenizer import Tokenizer
+from evospec.server.processes import valkey_url
+from evospec.server.session_ids import session_key
+from evospec.server.tenants import hash_key
 from tests.integration.running_api import running_api
 from tests.integration.snapshots import snapshot_of, tokens_of
 from tests.running_valkey import running_valkey

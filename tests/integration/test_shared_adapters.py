@@ -11,12 +11,12 @@ import pytest
 import torch
 from redis import Redis
 
-from adapters.alignment import shared_versions
-from adapters.alignment import worker as worker_program
-from adapters.alignment.shared_versions import SharedVersion, SharedVersions
-from adapters.alignment.worker import AdapterWorker
-from engine.adapters_config import AdaptersConfig
-from engine.online.weight_layout import WeightLayout
+from evospec.adapters.alignment import shared_versions
+from evospec.adapters.alignment import worker as worker_program
+from evospec.adapters.alignment.shared_versions import SharedVersion, SharedVersions
+from evospec.adapters.alignment.worker import AdapterWorker
+from evospec.engine.adapters_config import AdaptersConfig
+from evospec.engine.online.weight_layout import WeightLayout
 from tests.drifting_traffic import Answer, DriftingTraffic, MadeUpEngine, TinyDraft
 from tests.integration.test_adapter_worker import (
     adapter_layout,

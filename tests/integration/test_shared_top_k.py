@@ -10,11 +10,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from engine.config import SpeculationConfig
-from engine.draft_vocab import vocab as draft_vocab
-from engine.messages import SamplingParams, SessionState, VocabularyCounts
-from kernels.session_options import FEATURES
-from kernels.topk import topk_rows_on_host
+from evospec.engine.config import SpeculationConfig
+from evospec.engine.draft_vocab import vocab as draft_vocab
+from evospec.engine.messages import SamplingParams, SessionState, VocabularyCounts
+from evospec.kernels.session_options import FEATURES
+from evospec.kernels.topk import topk_rows_on_host
 from tests.alignment import make_alignment, make_prompts, read_records
 from tests.tiny_drafts import Engine, Setting, make_draft_directory
 from tests.tiny_models import make_directory

@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.vocabulary.hard_switch import switch_hard
-from engine.config import SpeculationConfig
-from engine.messages import SamplingParams
-from engine.models.config import ModelFiles
-from engine.speculation import draft_files
-from engine.speculation.drafters.head import COUNTS_FILE
-from kernels import native
+from evospec.engine.config import SpeculationConfig
+from evospec.engine.messages import SamplingParams
+from evospec.engine.models.config import ModelFiles
+from evospec.engine.speculation import draft_files
+from evospec.engine.speculation.drafters.head import COUNTS_FILE
+from evospec.kernels import native
 from tests.combinations import pairwise
 from tests.exactness import SETTINGS, make_sampling
 from tests.tiny_drafts import Engine, make_draft_directory

@@ -11,15 +11,15 @@ import pytest
 import torch
 from msgspec.structs import replace
 
-from engine.attention.base import AttentionBackend, AttentionSpec
-from engine.attention.flashinfer import FlashInferAttention
-from engine.attention.torch_paged import TorchPagedAttention
-from engine.batch import FlatTokens, ForwardBatch, ForwardOutput
-from engine.gpu_memory import GRAPH_SIZES
-from engine.models.decoder import TorchDecoder, load_model
-from engine.models.registry import validate_model_files
-from engine.models.weights import open_weights
-from engine.step_graphs import StepGraphs, padded
+from evospec.engine.attention.base import AttentionBackend, AttentionSpec
+from evospec.engine.attention.flashinfer import FlashInferAttention
+from evospec.engine.attention.torch_paged import TorchPagedAttention
+from evospec.engine.batch import FlatTokens, ForwardBatch, ForwardOutput
+from evospec.engine.gpu_memory import GRAPH_SIZES
+from evospec.engine.models.decoder import TorchDecoder, load_model
+from evospec.engine.models.registry import validate_model_files
+from evospec.engine.models.weights import open_weights
+from evospec.engine.step_graphs import StepGraphs, padded
 from tests.ragged_batches import RaggedSequences
 from tests.tiny_models import make_directory
 

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from adapters.alignment import synthetic
-from engine.adapters_config import AdaptersConfig
-from engine.core import Outputs
-from engine.messages import EngineOutput, EngineRequest, SamplingParams
-from engine.models.config import ModelFiles
-from engine.models.verify import FileCheck
-from engine.process import EngineProcess
+from evospec.adapters.alignment import synthetic
+from evospec.engine.adapters_config import AdaptersConfig
+from evospec.engine.core import Outputs
+from evospec.engine.messages import EngineOutput, EngineRequest, SamplingParams
+from evospec.engine.models.config import ModelFiles
+from evospec.engine.models.verify import FileCheck
+from evospec.engine.process import EngineProcess
 from tests.alignment import read_records
 from tests.integration import test_growing
 from tests.integration.test_growing import FOUR_DRAFTS, OWNER, make_worker, serve

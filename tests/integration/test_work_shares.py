@@ -17,14 +17,14 @@ from typing import Any
 import httpx
 import pytest
 
-from engine.messages import EngineOutput, EngineRequest, TokenLogprob
-from engine.text.tokenizer import Tokenizer
-from server import body_room
-from server.body_room import BodyRoom
-from server.engine_client import Overloaded
-from server.schemas.completions import CompletionChoice
-from server.tenants import hash_key
-from server.work_shares import SMALL, WorkShares
+from evospec.engine.messages import EngineOutput, EngineRequest, TokenLogprob
+from evospec.engine.text.tokenizer import Tokenizer
+from evospec.server import body_room
+from evospec.server.body_room import BodyRoom
+from evospec.server.engine_client import Overloaded
+from evospec.server.schemas.completions import CompletionChoice
+from evospec.server.tenants import hash_key
+from evospec.server.work_shares import SMALL, WorkShares
 from tests.integration.running_api import Api
 from tests.integration.scripted_engine import Script
 
@@ -202,7 +202,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
         return encode(self, text, add_special_tokens)
 
     monkeypatch.setattr(Tokenizer, "encode", encode_behind_gate)
-    monkeypatch.setattr("server.params.check_length", lambda *_: None)
+    monkeypatch.setattr("evospec.server.params.check_length", lambda *_: None)
     return gate
 
 
@@ -283,7 +283,7 @@ async def test_a_large_body_names_its_wrong_field_as_a_small_one_does(serve_two:
 
 @pytest.mark.parametrize(
     ("path", "maker"),
-    [("/metrics", "server.metrics.generate_latest"), ("/openapi.json", "server.openapi.get_openapi")],
+    [("/metrics", "evospec.server.metrics.generate_latest"), ("/openapi.json", "evospec.server.openapi.get_openapi")],
 )
 async def test_while_the_server_describes_itself_others_are_served(
     serve: Any, monkeypatch: pytest.MonkeyPatch, path: str, maker: str
@@ -307,12 +307,12 @@ async def test_while_the_server_describes_itself_others_are_served(
 @pytest.mark.parametrize(
     ("path", "field", "maker"),
     [
-        ("/v1/completions", "prompt", "server.routes.completions.tokenize_prompts"),
-        ("/v1/embeddings", "input", "server.routes.embeddings.tokenize_prompts"),
-        ("/v1/chat/completions", "messages", "server.chat_generation.encode_messages"),
-        ("/v1/messages", "messages", "server.chat_generation.encode_messages"),
-        ("/v1/responses", "input", "server.chat_generation.encode_messages"),
-        ("/tokenize", "prompt", "server.routes.tokens.encode_text"),
+        ("/v1/completions", "prompt", "evospec.server.routes.completions.tokenize_prompts"),
+        ("/v1/embeddings", "input", "evospec.server.routes.embeddings.tokenize_prompts"),
+        ("/v1/chat/completions", "messages", "evospec.server.chat_generation.encode_messages"),
+        ("/v1/messages", "messages", "evospec.server.chat_generation.encode_messages"),
+        ("/v1/responses", "input", "evospec.server.chat_generation.encode_messages"),
+        ("/tokenize", "prompt", "evospec.server.routes.tokens.encode_text"),
     ],
 )
 async def test_what_a_long_body_asks_is_tokenized_beside_the_event_loop(
@@ -351,7 +351,7 @@ async def test_a_long_answer_is_written_out_beside_the_event_loop(
         threads.add(threading.get_ident())
         return logprob
 
-    monkeypatch.setattr("server.logprobs._finite", finite)
+    monkeypatch.setattr("evospec.server.logprobs._finite", finite)
     async with serve(many_logprobs) as api:
         answer = await api.post(path, max_tokens=20, stream=stream, **(logprobs or {"logprobs": 2}))
     assert answer.status_code == 200
@@ -390,7 +390,7 @@ async def test_prompts_to_echo_are_decoded_once_and_written_out_beside_the_event
         writers.add(threading.get_ident())
         return CompletionChoice(**fields)
 
-    monkeypatch.setattr("server.routes.completions.CompletionChoice", choice)
+    monkeypatch.setattr("evospec.server.routes.completions.CompletionChoice", choice)
     prompts = [[300 + number] * 60 for number in range(30)]
     async with serve(one_token) as api:
         tokenizer = api.app.state.serving.tokenizer

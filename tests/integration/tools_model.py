@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
-from engine.messages import EngineOutput, EngineRequest
-from engine.text.tokenizer import Tokenizer
+from evospec.engine.messages import EngineOutput, EngineRequest
+from evospec.engine.text.tokenizer import Tokenizer
 from tests.integration.running_api import Api
 from tests.integration.scripted_engine import Script
 

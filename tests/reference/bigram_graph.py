@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.draft_vocab.bigram_graph import BigramGraph
+from evospec.engine.draft_vocab.bigram_graph import BigramGraph
 from tests.reference.context_table import ContextTable
 from tests.reference.continuations import Continuations
 

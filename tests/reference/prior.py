@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kernels.session_options import NUM_FEATURES
+from evospec.kernels.session_options import NUM_FEATURES
 from tests.reference.continuations import Continuations
 
 FloatArray = NDArray[np.float32] | NDArray[np.float64]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from kernels.session_options import MAX_WEIGHT, NUM_FEATURES
+from evospec.kernels.session_options import MAX_WEIGHT, NUM_FEATURES
 from tests.reference.prior import Candidates, FloatArray, gradient
 
 LEARNING_RATE = 0.05

@@ -13,7 +13,7 @@ from operator import itemgetter
 import numpy as np
 from numpy.typing import NDArray
 
-from kernels.session_options import MAX_REPEATS as MAX_PLACES
+from evospec.kernels.session_options import MAX_REPEATS as MAX_PLACES
 from tests.reference.continuations import Continuations
 
 MIN_LENGTH, MAX_LENGTH = 2, 16

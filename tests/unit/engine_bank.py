@@ -8,19 +8,19 @@ from typing import cast
 import torch
 
 from benchmarks.distillation.whole_draft import DistilledDraft
-from engine.adapters_config import AdaptersConfig, TokenLogConfig
-from engine.draft_state import Assignment
-from engine.messages import SamplingParams
-from engine.models.decoder import RotaryEmbedding
-from engine.models.eagle3 import Eagle3
-from engine.models.eagle3_config import Eagle3Config
-from engine.models.lora import lora_layout
-from engine.online.adapters import EagleAdapters
-from engine.online.shared_file import SharedFile
-from engine.online.weight_channel import WeightWriter
-from engine.online.whole_draft import whole_layout
-from engine.request import Request
-from engine.speculation.drafters.eagle_network import TorchEagleNetwork
+from evospec.engine.adapters_config import AdaptersConfig, TokenLogConfig
+from evospec.engine.draft_state import Assignment
+from evospec.engine.messages import SamplingParams
+from evospec.engine.models.decoder import RotaryEmbedding
+from evospec.engine.models.eagle3 import Eagle3
+from evospec.engine.models.eagle3_config import Eagle3Config
+from evospec.engine.models.lora import lora_layout
+from evospec.engine.online.adapters import EagleAdapters
+from evospec.engine.online.shared_file import SharedFile
+from evospec.engine.online.weight_channel import WeightWriter
+from evospec.engine.online.whole_draft import whole_layout
+from evospec.engine.request import Request
+from evospec.engine.speculation.drafters.eagle_network import TorchEagleNetwork
 
 DRAFT = Eagle3Config("tiny", 32, 2, 1, 16, 64, (0, 1, 2), 1e-5, 100, 4)
 

@@ -6,11 +6,11 @@ import random
 import zlib
 from collections.abc import Callable, Sequence
 
-from engine.config import CacheConfig, SchedulerConfig
-from engine.messages import SamplingParams
-from engine.request import Request
-from engine.scheduler import Scheduler
-from engine.step_plan import DraftSlot, ScheduledSequence, SchedulerOutput
+from evospec.engine.config import CacheConfig, SchedulerConfig
+from evospec.engine.messages import SamplingParams
+from evospec.engine.request import Request
+from evospec.engine.scheduler import Scheduler
+from evospec.engine.step_plan import DraftSlot, ScheduledSequence, SchedulerOutput
 from tests.unit.simulated_kv import SimulatedKV
 
 BLOCK_SIZE = 16

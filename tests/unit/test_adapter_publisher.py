@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from adapters.alignment.publisher import AdapterPublisher
-from adapters.alignment.store import AdapterStore
-from engine.online.weight_channel import WeightChannel, WeightWriter
-from engine.online.weight_layout import TensorSpec, WeightLayout
+from evospec.adapters.alignment.publisher import AdapterPublisher
+from evospec.adapters.alignment.store import AdapterStore
+from evospec.engine.online.weight_channel import WeightChannel, WeightWriter
+from evospec.engine.online.weight_layout import TensorSpec, WeightLayout
 
 LAYOUT = WeightLayout((TensorSpec("a", (4,), torch.float32),), "draft")
 WEIGHTS = {"a": torch.ones(4)}

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from adapters.alignment.store import AdapterStore, KeyState, claim
-from engine.online.adapter_control import adapter_key
-from engine.online.weight_layout import TensorSpec, WeightLayout
+from evospec.adapters.alignment.store import AdapterStore, KeyState, claim
+from evospec.engine.online.adapter_control import adapter_key
+from evospec.engine.online.weight_layout import TensorSpec, WeightLayout
 from tests.killable_processes import processes
 from tests.unit.interleaving import at_line, before_each_line, count_lines
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from engine.block_pool import BlockPool
-from engine.kv_cache_manager import KVCacheManager
-from engine.request import Request
+from evospec.engine.block_pool import BlockPool
+from evospec.engine.kv_cache_manager import KVCacheManager
+from evospec.engine.request import Request
 from tests.unit.scheduler_simulation import BLOCK_SIZE, Simulation, expected_output, make_request
 
 NUM_BLOCKS, NUM_CHOICES = 10, 40
@@ -61,7 +61,7 @@ def test_blocks_of_each_prompt_are_looked_up_once(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("most", [1, 3 * NUM_PROMPT, 10**6])
 def test_a_step_admits_few_long_prompts_that_are_cached(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
     """In order, and all of them, while a sequence that runs gets its token in each step and a newcomer its place."""
-    monkeypatch.setattr("engine.admission.MOST_CACHED_TOKENS", most)
+    monkeypatch.setattr("evospec.engine.admission.MOST_CACHED_TOKENS", most)
     simulation = with_cached_prompt()
     running = make_request("running", num_prompt=3, max_tokens=100, tenant="b")
     simulation.scheduler.add(running)

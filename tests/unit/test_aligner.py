@@ -10,18 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from adapters.alignment import aligner as aligner_module
-from adapters.alignment.aligner import KeyAligner
-from adapters.alignment.chains import collate
-from adapters.alignment.exchange import obey
-from adapters.alignment.guard import Verdict
-from adapters.alignment.records import Segment
-from adapters.alignment.scoring import KnownScores, Score, Scoring
-from adapters.alignment.store import AdapterStore
-from adapters.alignment.trigger import UpdateTrigger
-from adapters.alignment.updates import Update, Updater
-from engine.adapters_config import AdaptersConfig, GuardConfig, ReplayConfig, TrainingConfig
-from engine.online.adapter_control import AdapterCommand
+from evospec.adapters.alignment import aligner as aligner_module
+from evospec.adapters.alignment.aligner import KeyAligner
+from evospec.adapters.alignment.chains import collate
+from evospec.adapters.alignment.exchange import obey
+from evospec.adapters.alignment.guard import Verdict
+from evospec.adapters.alignment.records import Segment
+from evospec.adapters.alignment.scoring import KnownScores, Score, Scoring
+from evospec.adapters.alignment.store import AdapterStore
+from evospec.adapters.alignment.trigger import UpdateTrigger
+from evospec.adapters.alignment.updates import Update, Updater
+from evospec.engine.adapters_config import AdaptersConfig, GuardConfig, ReplayConfig, TrainingConfig
+from evospec.engine.online.adapter_control import AdapterCommand
 from tests.drifting_traffic import DriftingTraffic, TinyDraft
 from tests.unit.test_guard import sampled
 from tests.unit.test_replay import segment

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from transformers.cli.serving.utils import _RESPONSE_TEMPLATE_FALLBACKS
 from transformers.utils.chat_parsing import parse_response
 
-from server.tools.answer_parser import AnswerParser, Part
-from server.tools.chat_format import HERMES, LLAMA, CallFormat, ChatFormat
+from evospec.server.tools.answer_parser import AnswerParser, Part
+from evospec.server.tools.chat_format import HERMES, LLAMA, CallFormat, ChatFormat
 
 QWEN = next(template for families, template in _RESPONSE_TEMPLATE_FALLBACKS.items() if "qwen3" in families)
 FORMS = {

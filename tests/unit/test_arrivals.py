@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import msgspec
 import pytest
 
-from engine.kv_cache_manager import hash_block
-from engine.messages import EngineRequest, Grammar, SamplingParams
-from engine.request import Arrivals, Request
+from evospec.engine.kv_cache_manager import hash_block
+from evospec.engine.messages import EngineRequest, Grammar, SamplingParams
+from evospec.engine.request import Arrivals, Request
 from tests.unit.scheduler_simulation import BLOCK_SIZE, Simulation
 
 PROMPT = list(range(300, 340))
@@ -45,7 +45,7 @@ def test_choices_of_one_prompt_hash_it_once(monkeypatch: pytest.MonkeyPatch) -> 
         hashed.append(tuple(token_ids))
         return hash_block(previous, token_ids)
 
-    monkeypatch.setattr("engine.kv_cache_manager.hash_block", count)
+    monkeypatch.setattr("evospec.engine.kv_cache_manager.hash_block", count)
     simulation, arrivals = Simulation(max_num_seqs=4), Arrivals(1000)
     prompt = [number // BLOCK_SIZE for number in range(3 * BLOCK_SIZE + 9)]
     choices = [arrive(arrivals, str(number), prompt=prompt, max_tokens=9) for number in range(20)]

@@ -10,11 +10,11 @@ import pytest
 import torch
 from structlog.testing import capture_logs
 
-from engine import gpu
-from engine.config import EngineConfig, ModelConfig, RuntimeConfig
-from engine.loader import _backend, choose_device
-from engine.models.config import ModelError
-from engine.models.registry import validate_model_files
+from evospec.engine import gpu
+from evospec.engine.config import EngineConfig, ModelConfig, RuntimeConfig
+from evospec.engine.loader import _backend, choose_device
+from evospec.engine.models.config import ModelError
+from evospec.engine.models.registry import validate_model_files
 from tests.tiny_models import make_directory
 
 

@@ -13,8 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import native
-from kernels.batched_lora import LoraPart, LoraRows, NativeLora, batched_lora
+from evospec.kernels import native
+from evospec.kernels.batched_lora import LoraPart, LoraRows, NativeLora, batched_lora
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
@@ -90,7 +90,7 @@ def test_torch(shape: Shape) -> None:
 @given(shapes(st.integers(1, 200), st.integers(1, 150)))
 def test_triton(shape: Shape) -> None:
     """In small pieces, so that there are more of them: several for a program, and several programs for a row."""
-    from kernels.triton import batched_lora as kernel
+    from evospec.kernels.triton import batched_lora as kernel
 
     case = Case(shape, torch.float32, DEVICE)
     product = case.product.clone()

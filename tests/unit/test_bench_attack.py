@@ -19,10 +19,10 @@ from benchmarks.attack.random_schemas import RandomSchemas
 from benchmarks.attack.report import AFTER, BEFORE, Record
 from benchmarks.attack.server import LIMITED, write_keys
 from benchmarks.common.machine import REPOSITORY
-from engine.online.weight_directory import WeightDirectory
-from engine.online.weight_layout import WeightLayout
-from server.options import AuthConfig, LimitsConfig
-from server.tenants import TenantRegistry
+from evospec.engine.online.weight_directory import WeightDirectory
+from evospec.engine.online.weight_layout import WeightLayout
+from evospec.server.options import AuthConfig, LimitsConfig
+from evospec.server.tenants import TenantRegistry
 
 
 @pytest.mark.parametrize(

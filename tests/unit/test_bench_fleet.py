@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.fleet.conversations import TURNS, Finished, Outcome, judge, make_conversations
 from benchmarks.fleet.report import acceptance, phase_record
-from server.bench.stream import Speculation, StreamResult
+from evospec.server.bench.stream import Speculation, StreamResult
 
 
 def result(text: str = "yes", error: str | None = None) -> StreamResult:

@@ -14,7 +14,7 @@ from benchmarks.common.in_process import Turn, take_turns
 from benchmarks.grid import run
 from benchmarks.grid.report import loop_share, ratio
 from benchmarks.prompts.sets import read_sets
-from engine.messages import EngineOutput, SamplingParams
+from evospec.engine.messages import EngineOutput, SamplingParams
 
 
 class Steps:

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.bench.load import LoadOptions, percentiles, request_body, run_load, summarise
-from server.bench.stream import StreamResult, stream
+from evospec.server.bench.load import LoadOptions, percentiles, request_body, run_load, summarise
+from evospec.server.bench.stream import StreamResult, stream
 
 Answer = Callable[[asyncio.StreamWriter], Coroutine[Any, Any, None]]
 

@@ -16,7 +16,7 @@ from benchmarks.vocabulary import conversation, switch
 from benchmarks.vocabulary.modes import FULL, HARD_SWITCH, NANOSPEC, make_mode
 from benchmarks.vocabulary.sessions import counts
 from benchmarks.vocabulary.switch import TOPICS, lengths, settled_after, shares
-from engine.config import MAX_TAIL_TOKENS
+from evospec.engine.config import MAX_TAIL_TOKENS
 
 DRAFTING = Drafting()
 DOMAINS = ["code", "law", "medicine", "general"]

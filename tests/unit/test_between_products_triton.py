@@ -12,8 +12,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 pytest.importorskip("triton")
 
-from engine.models.config import Activation
-from kernels.between_products import (
+from evospec.engine.models.config import Activation
+from evospec.kernels.between_products import (
     SWIGLU_LIMIT,
     SWIGLU_SLOPE,
     add_and_norm,
@@ -22,8 +22,8 @@ from kernels.between_products import (
     prepare_heads,
     rms_norm,
 )
-from kernels.heads import HeadNorms, Heads, Rotation
-from kernels.triton.between_products import add_triton, gated_triton, norm_triton, prepare_heads_triton
+from evospec.kernels.heads import HeadNorms, Heads, Rotation
+from evospec.kernels.triton.between_products import add_triton, gated_triton, norm_triton, prepare_heads_triton
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}

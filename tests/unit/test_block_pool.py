@@ -6,10 +6,10 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
 
-from engine.block_pool import BlockPool
-from engine.kv_cache_manager import KVCacheManager
-from engine.messages import SamplingParams
-from engine.request import Request
+from evospec.engine.block_pool import BlockPool
+from evospec.engine.kv_cache_manager import KVCacheManager
+from evospec.engine.messages import SamplingParams
+from evospec.engine.request import Request
 
 
 class BlockPoolMachine(RuleBasedStateMachine):

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.generation import Piece
-from server.tools.answer_parser import AnswerParser
-from server.tools.blocks import Block, BlockWriter, Change
-from server.tools.chat_format import HERMES, ChatFormat
+from evospec.server.generation import Piece
+from evospec.server.tools.answer_parser import AnswerParser
+from evospec.server.tools.blocks import Block, BlockWriter, Change
+from evospec.server.tools.chat_format import HERMES, ChatFormat
 
 CALL = '<tool_call>\n{"name": "f", "arguments": {"a": "}\\n"}}\n</tool_call>'
 TEXT = f"<think>\nHm\n</think>\n\nOne:\n{CALL}\n{CALL}\nThen {CALL}"

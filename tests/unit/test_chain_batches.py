@@ -8,11 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.messages import SamplingParams
-from engine.model_runner import build_batch
-from engine.request import Request
-from engine.speculation.drafters.kv import Chunk, chain_batches
-from engine.step_plan import DraftSlot
+from evospec.engine.messages import SamplingParams
+from evospec.engine.model_runner import build_batch
+from evospec.engine.request import Request
+from evospec.engine.speculation.drafters.kv import Chunk, chain_batches
+from evospec.engine.step_plan import DraftSlot
 
 CPU = torch.device("cpu")
 FIELDS = ("token_ids", "positions", "query_start_loc", "seq_lens", "block_tables", "slot_mapping", "logits_indices")

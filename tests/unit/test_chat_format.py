@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from engine.text.tokenizer import Tokenizer
-from server.tools.chat_format import HERMES, LLAMA, CallFormat, ChatFormat
+from evospec.engine.text.tokenizer import Tokenizer
+from evospec.server.tools.chat_format import HERMES, LLAMA, CallFormat, ChatFormat
 from tests.tiny_models import VOCAB_SIZE, tiny_tokenizer
 
 QWEN = (

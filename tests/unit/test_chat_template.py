@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from engine.models.config import ModelError, ModelFiles
-from engine.text.chat_template import ChatTemplateError
-from engine.text.tokenizer import Tokenizer
+from evospec.engine.models.config import ModelError, ModelFiles
+from evospec.engine.text.chat_template import ChatTemplateError
+from evospec.engine.text.tokenizer import Tokenizer
 from tests.tiny_models import make_directory
 
 CHAT = [

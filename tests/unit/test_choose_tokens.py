@@ -7,9 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from kernels import native, native_sampling
-from kernels.choose_tokens import RowSampling, choose_tokens
-from kernels.native import Team
+from evospec.kernels import native, native_sampling
+from evospec.kernels.choose_tokens import RowSampling, choose_tokens
+from evospec.kernels.native import Team
 
 VOCAB_SIZE = 50_021
 GREEDY = (0.0, 5, 0.3, 0.2)

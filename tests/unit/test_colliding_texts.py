@@ -8,10 +8,10 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from kernels.native_sessions import Sessions
-from kernels.native_texts import Texts
-from kernels.session_library import TokenRows, view_of
-from kernels.session_options import NUM_FEATURES, SessionOptions
+from evospec.kernels.native_sessions import Sessions
+from evospec.kernels.native_texts import Texts
+from evospec.kernels.session_library import TokenRows, view_of
+from evospec.kernels.session_options import NUM_FEATURES, SessionOptions
 
 VOCAB, CORE = 1 << 16, 512
 GOLDEN, GOLDEN_32 = 0x9E3779B97F4A7C15, 0x9E3779B1

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from server import cli
-from server.command_line import COMMON, check_flags, help_text, with_model_flag
-from server.foreign_options import ADVICE
-from server.options import AuthConfig, LimitsConfig
-from server.settings import SHORTCUTS, ConfigurationError, all_options, load_settings
-from server.tenants import TenantRegistry
+from evospec.server import cli
+from evospec.server.command_line import COMMON, check_flags, help_text, with_model_flag
+from evospec.server.foreign_options import ADVICE
+from evospec.server.options import AuthConfig, LimitsConfig
+from evospec.server.settings import SHORTCUTS, ConfigurationError, all_options, load_settings
+from evospec.server.tenants import TenantRegistry
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:

@@ -7,7 +7,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.connections import ConnectionLimit
+from evospec.server.connections import ConnectionLimit
 
 MOST, SHARE, OF_ONE = 8, 0.5, 4
 ADDRESSES = {"10.0.0.1": 0, "10.0.0.2": 1, "2001:db8::1": 2, "2001:db8::ffff": 2, "2001:db8:0:1::1": 3, "": 4}

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from engine.messages import Grammar
-from server.errors import ApiError
-from server.schemas.chat import ChatCompletionRequest
-from server.schemas.completions import CompletionRequest
-from server.schemas.constraints import to_grammar
+from evospec.engine.messages import Grammar
+from evospec.server.errors import ApiError
+from evospec.server.schemas.chat import ChatCompletionRequest
+from evospec.server.schemas.completions import CompletionRequest
+from evospec.server.schemas.constraints import to_grammar
 from tests.unit.test_schemas import CHAT, TEXT, error_of
 
 SCHEMA = {"type": "integer"}

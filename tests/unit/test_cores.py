@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.machine import available_cores, cpu_quota
+from evospec.engine.machine import available_cores, cpu_quota
 
 
 def layout(root: Path, own: str, **limits: str) -> tuple[Path, Path]:
@@ -48,7 +48,7 @@ def test_at_least_one_core_and_no_more_than_the_process_may_run_on(
     monkeypatch: pytest.MonkeyPatch, quota: float | None, expected: float
 ) -> None:
     allowed = len(os.sched_getaffinity(0))
-    monkeypatch.setattr("engine.machine.cpu_quota", lambda: None if quota is None else quota)
+    monkeypatch.setattr("evospec.engine.machine.cpu_quota", lambda: None if quota is None else quota)
     assert available_cores() == max(1, int(expected * allowed))
-    monkeypatch.setattr("engine.machine.cpu_quota", lambda: allowed + 0.5)
+    monkeypatch.setattr("evospec.engine.machine.cpu_quota", lambda: allowed + 0.5)
     assert available_cores() == allowed

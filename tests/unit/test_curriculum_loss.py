@@ -10,8 +10,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from adapters.alignment.chains import ChainStep, GoesOn
-from adapters.alignment.curriculum_loss import Curriculum, divergence
+from evospec.adapters.alignment.chains import ChainStep, GoesOn
+from evospec.adapters.alignment.curriculum_loss import Curriculum, divergence
 
 N, S, R, K = 5, 4, 12, 3
 

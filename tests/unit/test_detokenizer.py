@@ -11,8 +11,8 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.text.detokenizer import IncrementalDetokenizer, StopStringBuffer, StopStringFinder
-from engine.text.tokenizer import Tokenizer
+from evospec.engine.text.detokenizer import IncrementalDetokenizer, StopStringBuffer, StopStringFinder
+from evospec.engine.text.tokenizer import Tokenizer
 
 SPECIAL = "<|end|>"
 

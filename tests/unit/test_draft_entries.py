@@ -8,11 +8,11 @@ from collections.abc import Iterable
 
 import pytest
 
-from engine.messages import SamplingParams
-from engine.request import Request
-from engine.speculation.drafters import kv as entries
-from engine.speculation.drafters.kv import DraftKvTracker
-from engine.step_plan import DraftSlot, ScheduledSequence
+from evospec.engine.messages import SamplingParams
+from evospec.engine.request import Request
+from evospec.engine.speculation.drafters import kv as entries
+from evospec.engine.speculation.drafters.kv import DraftKvTracker
+from evospec.engine.step_plan import DraftSlot, ScheduledSequence
 
 BLOCK = 16
 

@@ -13,13 +13,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engine.config import CacheConfig, EngineConfig, ModelConfig, SpeculationConfig
-from engine.models.config import ModelError, ModelFiles
-from engine.models.eagle3 import load_draft
-from engine.models.eagle3_config import CONFIG_FILE, WEIGHTS_FILE, read_draft
-from engine.models.registry import validate_model_files
-from engine.speculation.drafters.head import COUNTS_FILE, read_token_counts
-from engine.validation import validated_files
+from evospec.engine.config import CacheConfig, EngineConfig, ModelConfig, SpeculationConfig
+from evospec.engine.models.config import ModelError, ModelFiles
+from evospec.engine.models.eagle3 import load_draft
+from evospec.engine.models.eagle3_config import CONFIG_FILE, WEIGHTS_FILE, read_draft
+from evospec.engine.models.registry import validate_model_files
+from evospec.engine.speculation.drafters.head import COUNTS_FILE, read_token_counts
+from evospec.engine.validation import validated_files
 from tests.tiny_drafts import make_draft_directory
 from tests.tiny_models import VOCAB_SIZE, make_directory
 

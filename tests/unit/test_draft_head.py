@@ -14,10 +14,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import native
-from kernels.draft_head import draft_head_topk, draft_head_topk_reference
-from kernels.head_rows import EMPTY, Core, TailSlabs
-from kernels.native import MatrixPart, PackedMatrix, Team, linear
+from evospec.kernels import native
+from evospec.kernels.draft_head import draft_head_topk, draft_head_topk_reference
+from evospec.kernels.head_rows import EMPTY, Core, TailSlabs
+from evospec.kernels.native import MatrixPart, PackedMatrix, Team, linear
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
@@ -164,7 +164,7 @@ def test_triton_kernel(shape: Shape) -> None:
 
     A block has 16 rows, so of 17 there are two.
     """
-    from kernels.triton import draft_head as kernel
+    from evospec.kernels.triton import draft_head as kernel
 
     case = Case(shape, torch.float32, DEVICE)
     arguments = (case.hidden, case.core_rows, case.core.token_ids, shape.k, case.tails, case.slabs)

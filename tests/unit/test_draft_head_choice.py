@@ -6,15 +6,15 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType
 
-from engine.config import EngineConfig, ModelConfig
-from engine.loader import LoadedModel, load
-from engine.messages import SamplingParams
-from engine.models.registry import validate_model_files
-from engine.sampling.choose import choose_tokens
-from engine.speculation.drafters.head import CANDIDATES, DraftHead
-from engine.speculation.drafters.session_head import make_tails
-from kernels import native
-from kernels.head_rows import TailSlabs
+from evospec.engine.config import EngineConfig, ModelConfig
+from evospec.engine.loader import LoadedModel, load
+from evospec.engine.messages import SamplingParams
+from evospec.engine.models.registry import validate_model_files
+from evospec.engine.sampling.choose import choose_tokens
+from evospec.engine.speculation.drafters.head import CANDIDATES, DraftHead
+from evospec.engine.speculation.drafters.session_head import make_tails
+from evospec.kernels import native
+from evospec.kernels.head_rows import TailSlabs
 from tests.tiny_models import VOCAB_SIZE, make_directory, make_gguf
 
 HIDDEN = 128

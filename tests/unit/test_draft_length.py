@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.speculation.length import cost_meter
-from engine.speculation.length.adaptive import AdaptiveLength
-from engine.speculation.length.costs import Curve, ServedCosts, StepCosts, without_spikes
-from engine.speculation.length.plan import best_plan, best_verified
-from engine.speculation.length.policy import Chain, Draftable
-from kernels.native_chain import CONFIDENCE_LEVELS
+from evospec.engine.speculation.length import cost_meter
+from evospec.engine.speculation.length.adaptive import AdaptiveLength
+from evospec.engine.speculation.length.costs import Curve, ServedCosts, StepCosts, without_spikes
+from evospec.engine.speculation.length.plan import best_plan, best_verified
+from evospec.engine.speculation.length.policy import Chain, Draftable
+from evospec.kernels.native_chain import CONFIDENCE_LEVELS
 from tests.named_policy import NamedPolicy
 
 ONE_EACH = Curve([(1, 1.0), (2, 2.0)])

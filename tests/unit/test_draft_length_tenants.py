@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.speculation.length import acceptance
-from engine.speculation.length.acceptance import Tenants
-from engine.speculation.length.costs import Curve, StepCosts
-from engine.speculation.length.policy import Chain
-from kernels.native_chain import CONFIDENCE_LEVELS
+from evospec.engine.speculation.length import acceptance
+from evospec.engine.speculation.length.acceptance import Tenants
+from evospec.engine.speculation.length.costs import Curve, StepCosts
+from evospec.engine.speculation.length.policy import Chain
+from evospec.kernels.native_chain import CONFIDENCE_LEVELS
 from tests.named_policy import NamedPolicy
 
 COSTS = StepCosts(verify=Curve([(1, 10.0), (64, 16.3)]), first_draft=Curve([(1, 1.0)]), next_draft=Curve([(1, 1.0)]))

@@ -12,22 +12,22 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from adapters.chain_walk import ChainBatch, ChainWalk
-from adapters.target_parts import TargetParts, target_parts, with_others
-from adapters.training.checkpoint import TrainingProgress, load_checkpoint, save_checkpoint
-from adapters.training.conversations import Conversation, read_shard, shard_paths, write_shard, written_keys
-from adapters.training.dataset import CONTEXT, MAX_WINDOW, TEMPLATE_TOKENS, Dataset, is_held_out
-from adapters.training.generate import Job, answered_by, jobs_of, left_of, loop_start, read_prompts
-from adapters.training.head_loss import head_loss
-from adapters.training.learner import Learner, Unroller
-from adapters.training.train import VALIDATION_STEPS, Phase, TrainConfig, Trainer
-from engine.config import ModelConfig
-from engine.models.config import ModelError, ModelFiles
-from engine.models.eagle3 import Eagle3, save_draft
-from engine.models.eagle3_config import WEIGHTS_FILE
-from engine.models.registry import resolve_model, validate_model_files
-from engine.models.weights import open_weights
-from engine.text.tokenizer import Tokenizer
+from evospec.adapters.chain_walk import ChainBatch, ChainWalk
+from evospec.adapters.target_parts import TargetParts, target_parts, with_others
+from evospec.adapters.training.checkpoint import TrainingProgress, load_checkpoint, save_checkpoint
+from evospec.adapters.training.conversations import Conversation, read_shard, shard_paths, write_shard, written_keys
+from evospec.adapters.training.dataset import CONTEXT, MAX_WINDOW, TEMPLATE_TOKENS, Dataset, is_held_out
+from evospec.adapters.training.generate import Job, answered_by, jobs_of, left_of, loop_start, read_prompts
+from evospec.adapters.training.head_loss import head_loss
+from evospec.adapters.training.learner import Learner, Unroller
+from evospec.adapters.training.train import VALIDATION_STEPS, Phase, TrainConfig, Trainer
+from evospec.engine.config import ModelConfig
+from evospec.engine.models.config import ModelError, ModelFiles
+from evospec.engine.models.eagle3 import Eagle3, save_draft
+from evospec.engine.models.eagle3_config import WEIGHTS_FILE
+from evospec.engine.models.registry import resolve_model, validate_model_files
+from evospec.engine.models.weights import open_weights
+from evospec.engine.text.tokenizer import Tokenizer
 from tests.tiny_drafts import make_draft_directory, random_draft
 from tests.tiny_models import make_directory
 
@@ -254,7 +254,7 @@ def test_no_token_of_a_batch_is_left_out_of_its_loss(tmp_path: Path, monkeypatch
         wanted.append(set(token_ids.tolist()))
         return with_others(token_ids, others, tile)
 
-    monkeypatch.setattr("adapters.training.learner.with_others", recorded)
+    monkeypatch.setattr("evospec.adapters.training.learner.with_others", recorded)
     target = target_parts(open_weights(files), spec, 256, torch.float32)
     learner = Learner(random_draft(files).requires_grad_(True), target)
     learner.step(batch, torch.tensor([3, 4]), num_steps=1, rate=1e-3, number=0)

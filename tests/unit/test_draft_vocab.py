@@ -11,16 +11,16 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.vocabulary.replay import verification
-from engine.config import DynamicConfig
-from engine.draft_vocab.bigram_graph import build_bigram_graph
-from engine.draft_vocab.resources import Resources, core_mask
-from engine.draft_vocab.running_texts import RunningTexts
-from engine.draft_vocab.snapshot import decode
-from engine.draft_vocab.step_ends import MAX_BEGUN, MAX_OF_PROMPT
-from engine.draft_vocab.vocab import DraftVocab
-from engine.messages import SamplingParams, SessionState
-from engine.request import Request
-from kernels.session_options import NUM_FEATURES
+from evospec.engine.config import DynamicConfig
+from evospec.engine.draft_vocab.bigram_graph import build_bigram_graph
+from evospec.engine.draft_vocab.resources import Resources, core_mask
+from evospec.engine.draft_vocab.running_texts import RunningTexts
+from evospec.engine.draft_vocab.snapshot import decode
+from evospec.engine.draft_vocab.step_ends import MAX_BEGUN, MAX_OF_PROMPT
+from evospec.engine.draft_vocab.vocab import DraftVocab
+from evospec.engine.messages import SamplingParams, SessionState
+from evospec.engine.request import Request
+from evospec.kernels.session_options import NUM_FEATURES
 
 VOCAB, CORE, SLOTS, FINGERPRINT = 1000, 100, 64, "tokens"
 EMPTY = -1
@@ -299,7 +299,7 @@ def test_choices_with_the_same_past_read_it_once(monkeypatch: pytest.MonkeyPatch
     past = harness.end(harness.start("first", [5, 700], state=SessionState()))
     assert past is not None
     decoder = Mock(side_effect=decode)
-    monkeypatch.setattr("engine.draft_vocab.past.decode", decoder)
+    monkeypatch.setattr("evospec.engine.draft_vocab.past.decode", decoder)
     states = [SessionState(snapshot=bytes([*past])) for _ in range(3)]
     choices = [harness.start(str(number), [5, 6], state=state) for number, state in enumerate(states)]
     assert decoder.call_count == 1

@@ -8,11 +8,11 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from engine.adapters_config import AdaptersConfig, TokenLogConfig
-from engine.draft_state import BASE, Assignment
-from engine.models.config import ModelError
-from engine.online import adapters as eagle_adapters
-from engine.online.weight_channel import WeightWriter
+from evospec.engine.adapters_config import AdaptersConfig, TokenLogConfig
+from evospec.engine.draft_state import BASE, Assignment
+from evospec.engine.models.config import ModelError
+from evospec.engine.online import adapters as eagle_adapters
+from evospec.engine.online.weight_channel import WeightWriter
 from tests.unit.engine_bank import BUFFERS, DIRECTORIES, FINGERPRINT, WORD, Bank, request
 
 

@@ -6,8 +6,8 @@ from typing import Literal
 
 import pytest
 
-from engine import gpu
-from engine.config import CacheConfig, EngineConfig, RuntimeConfig, SchedulerConfig
+from evospec.engine import gpu
+from evospec.engine.config import CacheConfig, EngineConfig, RuntimeConfig, SchedulerConfig
 
 Device = Literal["auto", "cpu", "cuda"]
 

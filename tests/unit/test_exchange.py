@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from adapters.alignment.exchange import exchange
-from adapters.alignment.shared_versions import SharedKey, SharedVersion
+from evospec.adapters.alignment.exchange import exchange
+from evospec.adapters.alignment.shared_versions import SharedKey, SharedVersion
 
 
 class Shared:

@@ -15,8 +15,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.online.feature_ring import FeatureRing, FeatureRingReader
-from engine.online.shared_file import SharedMemoryError
+from evospec.engine.online.feature_ring import FeatureRing, FeatureRingReader
+from evospec.engine.online.shared_file import SharedMemoryError
 from tests.killable_processes import processes
 from tests.unit.interleaving import at_line, before_each_line, count_lines
 

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.batch import Features
-from engine.speculation.drafters.eagle_network import TorchEagleNetwork
-from engine.speculation.drafters.kv import FeatureStore
+from evospec.engine.batch import Features
+from evospec.engine.speculation.drafters.eagle_network import TorchEagleNetwork
+from evospec.engine.speculation.drafters.kv import FeatureStore
 from tests.tiny_drafts import random_draft
 from tests.tiny_models import make_directory
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from engine.config import ModelConfig
-from engine.models.config import ModelFiles
-from engine.models.fetch import is_verified
-from engine.models.registry import REGISTRY, known_sums
-from engine.models.verify import FileCheck
+from evospec.engine.config import ModelConfig
+from evospec.engine.models.config import ModelFiles
+from evospec.engine.models.fetch import is_verified
+from evospec.engine.models.registry import REGISTRY, known_sums
+from evospec.engine.models.verify import FileCheck
 
 CONTENT = b"weights"
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -86,7 +86,7 @@ def test_it_ends_with_its_parent(tmp_path: Path) -> None:
     """Which closes its standard input, however it ends."""
     with (tmp_path / "large").open("wb") as file:
         file.truncate(2**40)  # sparse: would take an hour
-    command = [sys.executable, "-m", "engine.models.verify", file.name, SHA256]
+    command = [sys.executable, "-m", "evospec.engine.models.verify", file.name, SHA256]
     with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
         assert process.stdin is not None
         process.stdin.close()

@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from adapters.training.first_weights import fit_to_features, init_from_target
-from engine.models.eagle3 import Eagle3
-from engine.models.eagle3_config import Eagle3Config
-from engine.models.registry import validate_model_files
-from engine.models.weights import open_weights
-from kernels.between_products import rms_norm
+from evospec.adapters.training.first_weights import fit_to_features, init_from_target
+from evospec.engine.models.eagle3 import Eagle3
+from evospec.engine.models.eagle3_config import Eagle3Config
+from evospec.engine.models.registry import validate_model_files
+from evospec.engine.models.weights import open_weights
+from evospec.kernels.between_products import rms_norm
 from tests.tiny_models import make_directory
 
 

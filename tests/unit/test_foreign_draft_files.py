@@ -16,14 +16,14 @@ import pytest
 import torch
 from structlog.testing import capture_logs
 
-from engine.adapters_config import AdaptersConfig
-from engine.config import EngineConfig, ModelConfig, SpeculationConfig
-from engine.models.config import ModelError, ModelFiles
-from engine.models.eagle3_import import check_foreign_draft
-from engine.models.eagle3_weights import load_weights
-from engine.models.registry import validate_model_files
-from engine.speculation.speculator import AcceptanceAlarm
-from engine.validation import validated_files
+from evospec.engine.adapters_config import AdaptersConfig
+from evospec.engine.config import EngineConfig, ModelConfig, SpeculationConfig
+from evospec.engine.models.config import ModelError, ModelFiles
+from evospec.engine.models.eagle3_import import check_foreign_draft
+from evospec.engine.models.eagle3_weights import load_weights
+from evospec.engine.models.registry import validate_model_files
+from evospec.engine.speculation.speculator import AcceptanceAlarm
+from evospec.engine.validation import validated_files
 from tests.foreign_drafts import CHECKPOINTS, NUM_LAYERS, VOCAB
 from tests.tiny_models import make_directory
 
@@ -230,9 +230,9 @@ def test_a_hub_id_is_a_draft_by_its_files(tmp_path: Path) -> None:
     shutil.copytree(repository / "refs", tmp_path / "hub" / "models--org--model" / "refs")
     script = (
         "from pathlib import Path\n"
-        "from engine.config import EngineConfig, ModelConfig, SpeculationConfig\n"
-        "from engine.models.config import ModelFiles\n"
-        "from engine.speculation.draft_files import choose_method\n"
+        "from evospec.engine.config import EngineConfig, ModelConfig, SpeculationConfig\n"
+        "from evospec.engine.models.config import ModelFiles\n"
+        "from evospec.engine.speculation.draft_files import choose_method\n"
         "files = ModelFiles('any', Path('any'), 'gguf')\n"
         "for name in ('specforge', 'safeailab', 'model', 'absent'):\n"
         f"    model, draft = ModelConfig(cache_dir={str(tmp_path)!r}), SpeculationConfig(draft='org/' + name)\n"

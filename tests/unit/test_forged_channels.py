@@ -13,14 +13,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapters.alignment.publisher import AdapterPublisher
-from adapters.alignment.store import AdapterStore
 from benchmarks.attack import channel_bytes, forge_channel
-from engine.draft_state import BASE
-from engine.online import adapters as eagle_adapters
-from engine.online.feature_ring import FeatureRing, FeatureRingReader
-from engine.online.shared_file import SharedMemoryError
-from engine.online.weight_channel import NonFiniteWeights, WeightChannel, WeightWriter
+from evospec.adapters.alignment.publisher import AdapterPublisher
+from evospec.adapters.alignment.store import AdapterStore
+from evospec.engine.draft_state import BASE
+from evospec.engine.online import adapters as eagle_adapters
+from evospec.engine.online.feature_ring import FeatureRing, FeatureRingReader
+from evospec.engine.online.shared_file import SharedMemoryError
+from evospec.engine.online.weight_channel import NonFiniteWeights, WeightChannel, WeightWriter
 from tests.unit.engine_bank import Bank, request
 
 LAW, ACME = request("1", "law"), request("2", "acme")

@@ -11,8 +11,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 pytest.importorskip("triton")
 
-from kernels.fp8 import LARGEST, SMALLEST_SCALE, fp8_product, quantize_rows
-from kernels.triton.fp8 import quantize_rows_triton
+from evospec.kernels.fp8 import LARGEST, SMALLEST_SCALE, fp8_product, quantize_rows
+from evospec.kernels.triton.fp8 import quantize_rows_triton
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

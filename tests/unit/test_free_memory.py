@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.machine import free_memory
+from evospec.engine.machine import free_memory
 
 KIB, MIB = 1024, 1024**2
 

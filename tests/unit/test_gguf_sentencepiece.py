@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.models.config import ModelError
-from engine.models.gguf_file import GGUFFile
-from engine.text.gguf_tokenizer import gguf_backend
+from evospec.engine.models.config import ModelError
+from evospec.engine.models.gguf_file import GGUFFile
+from evospec.engine.text.gguf_tokenizer import gguf_backend
 
 CONTROL, USER_DEFINED, NORMAL, BYTE = 3, 4, 1, 6
 SPECIAL = {"<unk>": CONTROL, "<s>": CONTROL, "</s>": CONTROL, "\n\n": USER_DEFINED, "  ": USER_DEFINED}

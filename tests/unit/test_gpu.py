@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from engine import gpu
-from engine.gpu import why_not_flashinfer, why_not_gpu
+from evospec.engine import gpu
+from evospec.engine.gpu import why_not_flashinfer, why_not_gpu
 
 
 @pytest.fixture(autouse=True)

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from engine import model_runner
-from engine.config import EngineConfig, RuntimeConfig, SchedulerConfig, SpeculationConfig
-from engine.gpu_memory import gpu_reserve
-from engine.loader import LoadedModel
-from engine.model_runner import attention_spec, num_kv_blocks
-from engine.models.config import ModelError, ModelSpec
-from engine.models.families.known import spec_from_config
+from evospec.engine import model_runner
+from evospec.engine.config import EngineConfig, RuntimeConfig, SchedulerConfig, SpeculationConfig
+from evospec.engine.gpu_memory import gpu_reserve
+from evospec.engine.loader import LoadedModel
+from evospec.engine.model_runner import attention_spec, num_kv_blocks
+from evospec.engine.models.config import ModelError, ModelSpec
+from evospec.engine.models.families.known import spec_from_config
 from tests.unit.scheduler_simulation import Simulation, make_request
 
 GIB = 2**30

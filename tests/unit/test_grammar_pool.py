@@ -7,10 +7,10 @@ from typing import cast
 
 import pytest
 
-from engine.messages import Grammar
-from engine.sampling import grammar_pool
-from engine.sampling.grammar_pool import GrammarPool
-from engine.text.tokenizer import Tokenizer
+from evospec.engine.messages import Grammar
+from evospec.engine.sampling import grammar_pool
+from evospec.engine.sampling.grammar_pool import GrammarPool
+from evospec.engine.text.tokenizer import Tokenizer
 from tests.grammars import with_grammar
 
 NUM_REQUESTS = 100

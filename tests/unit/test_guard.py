@@ -16,12 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.random import Generator
 
-from adapters.alignment.guard import FirstTokenAcceptance, Guard, Verdict, judge
-from adapters.alignment.pace import Pacer
-from adapters.alignment.scoring import Score
-from adapters.alignment.trigger import UpdateTrigger
-from engine.adapters_config import GuardConfig, PaceConfig
-from engine.online.verify_record import VerifyRecord
+from evospec.adapters.alignment.guard import FirstTokenAcceptance, Guard, Verdict, judge
+from evospec.adapters.alignment.pace import Pacer
+from evospec.adapters.alignment.scoring import Score
+from evospec.adapters.alignment.trigger import UpdateTrigger
+from evospec.engine.adapters_config import GuardConfig, PaceConfig
+from evospec.engine.online.verify_record import VerifyRecord
 from tests.unit.test_replay import record
 
 CONFIG = GuardConfig()

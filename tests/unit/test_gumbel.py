@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.gumbel_argmax import gumbel_argmax, gumbel_noise, hash_tokens, seeds_tensor
+from evospec.kernels.gumbel_argmax import gumbel_argmax, gumbel_noise, hash_tokens, seeds_tensor
 from tests.native_calls import gumbel_argmax as compiled_gumbel_argmax
 from tests.unit.chi_square import chi_square_p
 

@@ -11,8 +11,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 pytest.importorskip("triton")
 
-from kernels.gumbel_argmax import gumbel_argmax, row_keys
-from kernels.triton.gumbel_argmax import gumbel_argmax_triton
+from evospec.kernels.gumbel_argmax import gumbel_argmax, row_keys
+from evospec.kernels.triton.gumbel_argmax import gumbel_argmax_triton
 from tests.combinations import pairwise
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

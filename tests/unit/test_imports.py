@@ -7,13 +7,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
-from importlib.metadata import packages_distributions
+from itertools import chain
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 
-from engine.sampling.xgrammar_alone import import_xgrammar
+from evospec.engine.sampling.xgrammar_alone import import_xgrammar
 
 ROOT = Path(__file__).parents[2]
 ALLOWED = {
@@ -36,7 +36,10 @@ def imported_names(path: Path) -> Iterator[str]:
 
 
 def imported_packages(path: Path) -> Iterator[str]:
-    return (name.partition(".")[0] for name in imported_names(path))
+    """Those of ours, as ``engine``; a name without ``evospec.`` in front of it would be loaded a second time."""
+    names = [name.split(".") for name in imported_names(path)]
+    assert not [parts for parts in names if parts[0] in ALLOWED], f"{path}: evospec is missing"
+    return (parts[1] for parts in names if parts[0] == "evospec")
 
 
 @pytest.mark.parametrize("package", ALLOWED)
@@ -48,15 +51,31 @@ def test_packages_import_only_what_they_stand_on(package: str) -> None:
         assert not forbidden, f"{path.relative_to(ROOT)} imports {forbidden}"
 
 
+def test_tests_and_benchmarks_import_the_packages_by_their_full_names() -> None:
+    for path in chain((ROOT / "benchmarks").rglob("*.py"), (ROOT / "tests").rglob("*.py")):
+        list(imported_packages(path))
+
+
 @pytest.mark.parametrize("package", ALLOWED)
-def test_no_other_distribution_has_a_package_of_this_name(package: str) -> None:
-    """Else ``import kernels`` may find the other's, as PyPI's ``kernels``, which transformers 5.25 installs."""
-    assert set(packages_distributions()[package]) == {"evospec"}
+def test_other_distributions_keep_their_packages_of_these_names(package: str, tmp_path: Path) -> None:
+    """As PyPI's ``kernels``, which transformers asks for: also in a process that runs in the checkout."""
+    theirs = tmp_path / package / "__init__.py"
+    theirs.parent.mkdir()
+    theirs.write_text("")
+    script = f"""
+import sys
+sys.path.append({str(tmp_path)!r})
+import evospec.{package}, {package}
+print({package}.__file__)
+"""
+    command = [sys.executable, "-c", script]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() == str(theirs)
 
 
 def test_no_files_import_each_other_in_a_circle() -> None:
     files = [path for package in (*ALLOWED, "benchmarks") for path in (ROOT / package).rglob("*.py")]
-    modules = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files}
+    parts = {path: path.relative_to(ROOT).with_suffix("").parts for path in files}
+    modules = {path: ".".join(("evospec", *of) if of[0] in ALLOWED else of) for path, of in parts.items()}
     known = set(modules.values())
     graph = dict[str, set[str]]()
     for path, module in modules.items():
@@ -66,7 +85,8 @@ def test_no_files_import_each_other_in_a_circle() -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "unwanted"), [("server.cli", HEAVY), ("engine.sampling.grammar_process", ["torch", "transformers"])]
+    ("module", "unwanted"),
+    [("evospec.server.cli", HEAVY), ("evospec.engine.sampling.grammar_process", ["torch", "transformers"])],
 )
 def test_processes_beside_the_engine_load_no_torch(module: str, unwanted: list[str]) -> None:
     """In ``server.cli`` is all of the server."""

@@ -21,10 +21,10 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 pytest.importorskip("triton")
 
-from engine.models.int4_blocks import BLOCK_BYTES, codes_of, scales_of
-from kernels import int4
-from kernels.int4 import dequantized, int4_product
-from kernels.triton import int4 as kernel
+from evospec.engine.models.int4_blocks import BLOCK_BYTES, codes_of, scales_of
+from evospec.kernels import int4
+from evospec.kernels.int4 import dequantized, int4_product
+from evospec.kernels.triton import int4 as kernel
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])

@@ -9,8 +9,8 @@ import pytest
 from benchmarks.common.in_process import Engine
 from benchmarks.prompts.build import read_eval, shingles_of
 from benchmarks.prompts.invented import invent, is_usable, user_turn
-from engine.config import CacheConfig, EngineConfig, ModelConfig, RuntimeConfig, SpeculationConfig
-from engine.text.tokenizer import Tokenizer
+from evospec.engine.config import CacheConfig, EngineConfig, ModelConfig, RuntimeConfig, SpeculationConfig
+from evospec.engine.text.tokenizer import Tokenizer
 from tests.tiny_models import make_directory
 
 

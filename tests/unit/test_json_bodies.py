@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server import json_bodies
-from server.errors import ApiError
-from server.json_bodies import MAX_CONTAINERS, MAX_STRINGS, MAX_VALUES, decode_json
+from evospec.server import json_bodies
+from evospec.server.errors import ApiError
+from evospec.server.json_bodies import MAX_CONTAINERS, MAX_STRINGS, MAX_VALUES, decode_json
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.text(st.sampled_from('a"\\[{,]}é')),

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels import native
-from kernels.kept_thresholds import Limits, unpack_bits
-from kernels.kept_thresholds import kept_thresholds as kept_thresholds_reference
-from kernels.native import Team
+from evospec.kernels import native
+from evospec.kernels.kept_thresholds import Limits, unpack_bits
+from evospec.kernels.kept_thresholds import kept_thresholds as kept_thresholds_reference
+from evospec.kernels.native import Team
 from tests.native_calls import kept_thresholds
 
 VOCAB_SIZE = 20_003

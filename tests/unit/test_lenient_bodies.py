@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from server.params import to_sampling_params
-from server.schemas.body import Leniency
-from server.schemas.chat import ChatCompletionRequest
-from server.schemas.completions import CompletionRequest
+from evospec.server.params import to_sampling_params
+from evospec.server.schemas.body import Leniency
+from evospec.server.schemas.chat import ChatCompletionRequest
+from evospec.server.schemas.completions import CompletionRequest
 from tests.unit.test_schemas import CHAT, SERVING, TEXT, error_of
 
 HARMLESS = [

@@ -14,18 +14,18 @@ from pydantic import ValidationError
 from safetensors.torch import save_file
 from structlog.testing import capture_logs
 
-from engine.adapters_config import AdaptersConfig
-from engine.config import CacheConfig, EngineConfig, ModelConfig, RuntimeConfig, SpeculationConfig
-from engine.core import EngineCore
-from engine.loader import LoadedModel, load
-from engine.models.config import ModelError, ModelFiles
-from engine.models.registry import validate_model_files
-from engine.speculation import build as spec_load
-from engine.speculation import draft_files
-from engine.speculation.drafters.base import Draft
-from engine.speculation.drafters.head import COUNTS_FILE, static_vocabulary
-from engine.speculation.drafters.lookup import NgramDraft
-from engine.text.tokenizer import Tokenizer
+from evospec.engine.adapters_config import AdaptersConfig
+from evospec.engine.config import CacheConfig, EngineConfig, ModelConfig, RuntimeConfig, SpeculationConfig
+from evospec.engine.core import EngineCore
+from evospec.engine.loader import LoadedModel, load
+from evospec.engine.models.config import ModelError, ModelFiles
+from evospec.engine.models.registry import validate_model_files
+from evospec.engine.speculation import build as spec_load
+from evospec.engine.speculation import draft_files
+from evospec.engine.speculation.drafters.base import Draft
+from evospec.engine.speculation.drafters.head import COUNTS_FILE, static_vocabulary
+from evospec.engine.speculation.drafters.lookup import NgramDraft
+from evospec.engine.text.tokenizer import Tokenizer
 from tests.tiny_drafts import make_draft_directory, random_draft
 from tests.tiny_models import make_directory
 

@@ -11,7 +11,7 @@ import pytest
 SCRIPT = """
 import sys
 import structlog
-from engine.log import configure_logging
+from evospec.engine.log import configure_logging
 
 configure_logging("info", sys.argv[1])
 

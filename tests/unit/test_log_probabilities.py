@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels import native, native_sampling
-from kernels.log_probabilities import log_probabilities
-from kernels.native import Team
+from evospec.kernels import native, native_sampling
+from evospec.kernels.log_probabilities import log_probabilities
+from evospec.kernels.native import Team
 
 ROWS, TOKENS = [8, 2, 0, 2, 5, 3], [4999, 0, 7, 3, 7, 1]
 

@@ -13,9 +13,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 pytest.importorskip("triton")
 
-from kernels.kept_thresholds import unpack_bits
-from kernels.logits_edits import edit_on_gpu
-from kernels.penalties import SeenTokens, penalize, sparse_edits
+from evospec.kernels.kept_thresholds import unpack_bits
+from evospec.kernels.logits_edits import edit_on_gpu
+from evospec.kernels.penalties import SeenTokens, penalize, sparse_edits
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 VOCAB = 1500

@@ -8,9 +8,9 @@ import tokenizers
 from tokenizers import decoders, models, normalizers
 from tokenizers.processors import TemplateProcessing
 
-from engine.messages import TokenLogprob
-from engine.text.tokenizer import Tokenizer
-from server.logprobs import CompletionLogprobsFormatter
+from evospec.engine.messages import TokenLogprob
+from evospec.engine.text.tokenizer import Tokenizer
+from evospec.server.logprobs import CompletionLogprobsFormatter
 from tests.tiny_models import SPECIAL_TOKENS, VOCAB_SIZE, tiny_tokenizer
 
 BOS = SPECIAL_TOKENS[0]

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from adapters.alignment.chains import ChainDrafter, ChainStep, SegmentBatch, collate
-from adapters.alignment.updates import Lora
-from engine.adapters_config import LoraTarget
-from engine.models.eagle3 import Eagle3
-from engine.models.lora import adapted_rows, draft_fingerprint, lora_layout
-from engine.online.weight_layout import WeightLayout
+from evospec.adapters.alignment.chains import ChainDrafter, ChainStep, SegmentBatch, collate
+from evospec.adapters.alignment.updates import Lora
+from evospec.engine.adapters_config import LoraTarget
+from evospec.engine.models.eagle3 import Eagle3
+from evospec.engine.models.lora import adapted_rows, draft_fingerprint, lora_layout
+from evospec.engine.online.weight_layout import WeightLayout
 from tests.drifting_traffic import DriftingTraffic, TinyDraft
 from tests.tiny_drafts import WEIGHTS, make_draft_directory, random_draft
 from tests.tiny_models import make_directory

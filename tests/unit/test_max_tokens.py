@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from engine.config import CacheConfig, SchedulerConfig
-from engine.messages import EngineReady, SamplingParams
-from engine.request import Request
-from engine.scheduler import RequestTooLong, Scheduler
-from server.params import TokenizedPrompt, default_max_tokens
-from server.rate_limit import TokenBuckets
-from server.tenants import Tenant
+from evospec.engine.config import CacheConfig, SchedulerConfig
+from evospec.engine.messages import EngineReady, SamplingParams
+from evospec.engine.request import Request
+from evospec.engine.scheduler import RequestTooLong, Scheduler
+from evospec.server.params import TokenizedPrompt, default_max_tokens
+from evospec.server.rate_limit import TokenBuckets
+from evospec.server.tenants import Tenant
 
 PROMPT = TokenizedPrompt([1] * 10)
 ANYONE = Tenant(name="anyone")

@@ -14,21 +14,21 @@ import torch
 from gguf.quants import dequantize, quantize
 from msgspec.structs import replace
 
-from engine.adapters_config import LoraTarget
-from engine.attention.base import AttentionBackend
-from engine.attention.native_cpu import NativeAttention
-from engine.attention.torch_paged import TorchPagedAttention
-from engine.batch import Features
-from engine.models.config import ModelFiles
-from engine.models.decoder import RotaryEmbedding
-from engine.models.eagle3 import Eagle3
-from engine.models.eagle3_config import Eagle3Config
-from engine.models.lora import adapted_rows
-from engine.models.native_eagle3 import WEIGHT_TYPE, NativeEagle3, unsupported_draft
-from engine.models.registry import validate_model_files
-from engine.speculation.drafters.eagle_network import EagleNetwork, TorchEagleNetwork, make_network
-from kernels import native
-from kernels.batched_lora import LoraPart, LoraRows
+from evospec.engine.adapters_config import LoraTarget
+from evospec.engine.attention.base import AttentionBackend
+from evospec.engine.attention.native_cpu import NativeAttention
+from evospec.engine.attention.torch_paged import TorchPagedAttention
+from evospec.engine.batch import Features
+from evospec.engine.models.config import ModelFiles
+from evospec.engine.models.decoder import RotaryEmbedding
+from evospec.engine.models.eagle3 import Eagle3
+from evospec.engine.models.eagle3_config import Eagle3Config
+from evospec.engine.models.lora import adapted_rows
+from evospec.engine.models.native_eagle3 import WEIGHT_TYPE, NativeEagle3, unsupported_draft
+from evospec.engine.models.registry import validate_model_files
+from evospec.engine.speculation.drafters.eagle_network import EagleNetwork, TorchEagleNetwork, make_network
+from evospec.kernels import native
+from evospec.kernels.batched_lora import LoraPart, LoraRows
 from tests.ragged_batches import RaggedSequences, attention_spec
 from tests.tiny_drafts import WEIGHTS, random_draft
 from tests.tiny_models import make_directory

@@ -20,16 +20,16 @@ from gguf import GGMLQuantizationType
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.attention.base import AttentionSpec
-from engine.attention.native_cpu import NativeAttention
-from engine.attention.torch_paged import TorchPagedAttention
-from engine.config import MAX_COPIED_TOKENS, MAX_SPECULATIVE_TOKENS, EngineConfig, RuntimeConfig
-from engine.loader import load
-from engine.models.config import ModelFiles
-from engine.models.registry import validate_model_files
-from engine.text.tokenizer import Tokenizer
-from kernels import huge_pages, native, targets
-from kernels.native import BF16_FORMAT, MatrixPart, PackedMatrix, Team, linear, linear_to_rows, packed_format
+from evospec.engine.attention.base import AttentionSpec
+from evospec.engine.attention.native_cpu import NativeAttention
+from evospec.engine.attention.torch_paged import TorchPagedAttention
+from evospec.engine.config import MAX_COPIED_TOKENS, MAX_SPECULATIVE_TOKENS, EngineConfig, RuntimeConfig
+from evospec.engine.loader import load
+from evospec.engine.models.config import ModelFiles
+from evospec.engine.models.registry import validate_model_files
+from evospec.engine.text.tokenizer import Tokenizer
+from evospec.kernels import huge_pages, native, targets
+from evospec.kernels.native import BF16_FORMAT, MatrixPart, PackedMatrix, Team, linear, linear_to_rows, packed_format
 from tests.combinations import pairwise
 from tests.native_models import check_model, hidden_by_position, random_tokens
 from tests.ragged_batches import RaggedSequences, attention_spec, compare_backends, largest_row_error
@@ -469,11 +469,11 @@ def test_in_a_process_of_its_own_what_once_ended_one() -> None:
 _INFINITE_AND_NO_NUMBERS = """
 import itertools, json
 import numpy as np, torch
-from kernels.native import MatrixPart, PackedMatrix, Team
-from kernels.choose_tokens import RowSampling
-from kernels.native_chain import ChainBatch, NativeChain, StopRule, UnreadTokens
-from kernels.native_decoder import Decoder, KvCache, LayerWeights
-from kernels.kept_thresholds import Limits
+from evospec.kernels.native import MatrixPart, PackedMatrix, Team
+from evospec.kernels.choose_tokens import RowSampling
+from evospec.kernels.native_chain import ChainBatch, NativeChain, StopRule, UnreadTokens
+from evospec.kernels.native_decoder import Decoder, KvCache, LayerWeights
+from evospec.kernels.kept_thresholds import Limits
 from tests.native_calls import kept_thresholds
 
 limits = Limits(*(torch.tensor([value], dtype=kind) for value, kind in

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from numpy.typing import NDArray
 
-from engine.draft_vocab.bigram_graph import BigramGraph, build_bigram_graph
-from kernels.native_sessions import Sessions
-from kernels.native_texts import Texts
-from kernels.session_library import DraftStep, TokenRows
-from kernels.session_options import NUM_FEATURES, PRESENCE, SessionOptions, TableSizes
+from evospec.engine.draft_vocab.bigram_graph import BigramGraph, build_bigram_graph
+from evospec.kernels.native_sessions import Sessions
+from evospec.kernels.native_texts import Texts
+from evospec.kernels.session_library import DraftStep, TokenRows
+from evospec.kernels.session_options import NUM_FEATURES, PRESENCE, SessionOptions, TableSizes
 from tests.reference.bigram_graph import TenantBigrams, continuations
 from tests.reference.continuations import Continuations
 from tests.reference.ngrams import NgramSizes, SessionNgrams, lookup, presence

@@ -10,14 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from engine.draft_vocab.running_texts import RunningTexts
-from engine.messages import SamplingParams
-from engine.request import Request
-from engine.speculation.drafters.lookup import MIN_MATCH, NgramProposer, PromptLookup
-from engine.speculation.length.policy import Chain, Draftable, LengthPolicy
-from engine.speculation.speculator import Speculator
-from engine.step_plan import DraftSlot, ScheduledSequence
-from engine.verification import Verification
+from evospec.engine.draft_vocab.running_texts import RunningTexts
+from evospec.engine.messages import SamplingParams
+from evospec.engine.request import Request
+from evospec.engine.speculation.drafters.lookup import MIN_MATCH, NgramProposer, PromptLookup
+from evospec.engine.speculation.length.policy import Chain, Draftable, LengthPolicy
+from evospec.engine.speculation.speculator import Speculator
+from evospec.engine.step_plan import DraftSlot, ScheduledSequence
+from evospec.engine.verification import Verification
 from tests.reference.text_matches import TextMatches, copied
 
 SAMPLING = SamplingParams(max_tokens=9, seed=0, temperature=0.0)

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from engine.messages import Grammar
-from engine.sampling.ordinary_schema import is_ordinary
+from evospec.engine.messages import Grammar
+from evospec.engine.sampling.ordinary_schema import is_ordinary
 from tests.grammars import schema
 
 STRING = {"type": "string", "maxLength": 30}

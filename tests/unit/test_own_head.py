@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine.config import EngineConfig, ModelConfig
-from engine.loader import LoadedModel, load
-from engine.models.eagle3_weights import DraftRows
-from engine.models.registry import validate_model_files
-from engine.speculation.drafters.own_head import OwnHead
-from kernels import native
+from evospec.engine.config import EngineConfig, ModelConfig
+from evospec.engine.loader import LoadedModel, load
+from evospec.engine.models.eagle3_weights import DraftRows
+from evospec.engine.models.registry import validate_model_files
+from evospec.engine.speculation.drafters.own_head import OwnHead
+from evospec.kernels import native
 from tests.tiny_models import VOCAB_SIZE, make_directory
 
 HIDDEN, WIDTH = 64, 96

@@ -13,34 +13,36 @@ from pathlib import Path
 
 import pytest
 
-from kernels.targets import PLAIN, SOURCES, TARGETS, sources_hash
+from evospec.kernels.targets import PLAIN, SOURCES, TARGETS, sources_hash
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_the_package_holds_the_compiled_kernels() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    patterns = project["tool"]["setuptools"]["package-data"]["kernels"]
+    patterns = project["tool"]["setuptools"]["package-data"]["evospec.kernels"]
     assert all(any(fnmatch(target.library.name, pattern) for pattern in patterns) for target in TARGETS)
 
 
 def test_the_package_holds_the_sources_that_the_kernels_must_be_of() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    patterns = project["tool"]["setuptools"]["package-data"]["kernels"]
-    packaged = {path for pattern in patterns for path in (ROOT / "kernels").glob(pattern)}
+    patterns = project["tool"]["setuptools"]["package-data"]["evospec.kernels"]
+    packaged = {path for pattern in patterns for path in SOURCES.parent.glob(pattern)}
     assert {path for path in SOURCES.rglob("*") if path.is_file()} <= packaged
 
 
 @pytest.mark.parametrize("made_of", [sources_hash(), "other sources"], ids=["these", "other"])
 def test_an_image_needs_libraries_of_its_sources_whatever_their_age(tmp_path: Path, made_of: str) -> None:
     """pip unpacks the libraries before the rules that made them, which then look newer."""
-    installed = shutil.copytree(ROOT / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("*.so"))
+    installed = shutil.copytree(
+        ROOT / "kernels", tmp_path / "evospec" / "kernels", ignore=shutil.ignore_patterns("*.so")
+    )
     for target in (*TARGETS, PLAIN):
         library = installed / target.library.name
         library.write_text(f"a library of {made_of}")
         os.utime(library, (0, 0))
     dockerfile = (ROOT / "Dockerfile").read_text().replace("\\\n", "")
-    [check] = re.findall(r'python -c "(from kernels[^"]*)"', dockerfile)
+    [check] = re.findall(r'python -c "(from evospec.kernels[^"]*)"', dockerfile)
     finished = subprocess.run([sys.executable, "-c", check], cwd=tmp_path, env={}, stderr=subprocess.PIPE, text=True)
     assert ("AssertionError" in finished.stderr) == (finished.returncode != 0) == (made_of != sources_hash())
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.messages import Grammar
-from engine.sampling.grammar import GrammarCompiler, GrammarMatcher
-from engine.sampling.json_schema import MAX_SCHEMA_CHARS, GrammarError, rewrite_pattern, rewrite_patterns
+from evospec.engine.messages import Grammar
+from evospec.engine.sampling.grammar import GrammarCompiler, GrammarMatcher
+from evospec.engine.sampling.json_schema import MAX_SCHEMA_CHARS, GrammarError, rewrite_pattern, rewrite_patterns
 
 _END = 256
 _BYTES = GrammarCompiler([*(bytes([byte]) for byte in range(256)), b""], [_END])

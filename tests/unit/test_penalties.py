@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import native_sampling
-from kernels.penalties import SeenTokens, penalize, put_back
+from evospec.kernels import native_sampling
+from evospec.kernels.penalties import SeenTokens, penalize, put_back
 
 VOCAB_SIZE = 12
 Row = tuple[list[int], list[int], tuple[float, float, float]]

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.kv_cache_manager import KVCacheManager, hash_block, tenant_root
-from engine.messages import SamplingParams
-from engine.request import Request
+from evospec.engine.kv_cache_manager import KVCacheManager, hash_block, tenant_root
+from evospec.engine.messages import SamplingParams
+from evospec.engine.request import Request
 
 BLOCK_SIZE = 4
 tokens = st.lists(st.integers(0, 2), min_size=1, max_size=20)

@@ -7,11 +7,11 @@ from itertools import chain
 import msgspec
 import torch
 
-from engine.messages import SamplingParams, TokenLogprob
-from engine.request import Request
-from engine.sampling.logprobs import collect_prompt_logprobs, token_logprobs
-from engine.step_plan import ScheduledSequence
-from server.generation import LOGPROB_SIZE
+from evospec.engine.messages import SamplingParams, TokenLogprob
+from evospec.engine.request import Request
+from evospec.engine.sampling.logprobs import collect_prompt_logprobs, token_logprobs
+from evospec.engine.step_plan import ScheduledSequence
+from evospec.server.generation import LOGPROB_SIZE
 
 NUM_TOP = 20
 PROMPT = torch.randint(0, 50_000, (12,), generator=torch.Generator().manual_seed(0)).tolist()

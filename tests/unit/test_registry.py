@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from engine.config import ModelConfig
-from engine.models.config import ModelError
-from engine.models.fetch import Part, RegistryModel
-from engine.models.registry import REGISTRY, resolve_model, validate_model_files
+from evospec.engine.config import ModelConfig
+from evospec.engine.models.config import ModelError
+from evospec.engine.models.fetch import Part, RegistryModel
+from evospec.engine.models.registry import REGISTRY, resolve_model, validate_model_files
 from tests.tiny_models import make_directory, make_gguf
 
 CONTENT = [b"first part, ", b"second part"]
@@ -194,8 +194,9 @@ def test_unknown_names_are_refused(name: str, reason: str, tmp_path: Path) -> No
 def in_offline_hub(script: str, cache_dir: Path) -> str:
     """Output of a script run where the hub cannot be reached (the library reads that setting on import)."""
     prelude = (
-        "from pathlib import Path\nfrom engine.config import ModelConfig\n"
-        "from engine.models.config import ModelError\nfrom engine.models.registry import resolve_model\n"
+        "from pathlib import Path\nfrom evospec.engine.config import ModelConfig\n"
+        "from evospec.engine.models.config import ModelError\n"
+        "from evospec.engine.models.registry import resolve_model\n"
         f"cache_dir = Path({str(cache_dir)!r})\n"
     )
     result = subprocess.run(

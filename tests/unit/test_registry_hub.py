@@ -21,10 +21,10 @@ SHA256 = hashlib.sha256(EXPECTED).hexdigest()
 SCRIPT = f"""
 import sys
 from pathlib import Path
-from engine.config import ModelConfig
-from engine.models.config import ModelError
-from engine.models.fetch import HubFile, Part, RegistryModel
-from engine.models.registry import REGISTRY, resolve_model
+from evospec.engine.config import ModelConfig
+from evospec.engine.models.config import ModelError
+from evospec.engine.models.fetch import HubFile, Part, RegistryModel
+from evospec.engine.models.registry import REGISTRY, resolve_model
 
 hub, part = HubFile("org/tiny", "tiny-q4.gguf"), Part("tinypart==1.0", "tinypart/data.bin")
 REGISTRY["tiny"] = RegistryModel((part,), {SHA256!r}, {len(EXPECTED)}, "tiny", hub)

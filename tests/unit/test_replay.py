@@ -13,14 +13,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapters.alignment.chains import ChainStep, collate
-from adapters.alignment.curriculum_loss import divergence
-from adapters.alignment.records import Assembler, Segment
-from adapters.alignment.replay import ReplayBuffer, starts_chains, teaches
-from engine.adapters_config import ReplayConfig
-from engine.online.feature_ring import FeatureRing, FeatureRingReader
-from engine.online.verify_record import VerifyRecord, pack_ids, pack_top_k, pack_weights
-from kernels.session_options import NUM_FEATURES
+from evospec.adapters.alignment.chains import ChainStep, collate
+from evospec.adapters.alignment.curriculum_loss import divergence
+from evospec.adapters.alignment.records import Assembler, Segment
+from evospec.adapters.alignment.replay import ReplayBuffer, starts_chains, teaches
+from evospec.engine.adapters_config import ReplayConfig
+from evospec.engine.online.feature_ring import FeatureRing, FeatureRingReader
+from evospec.engine.online.verify_record import VerifyRecord, pack_ids, pack_top_k, pack_weights
+from evospec.kernels.session_options import NUM_FEATURES
 
 WIDTH, K, VOCAB = 4, 3, 100
 NEVER_HELD_OUT = 1e-9

@@ -6,8 +6,8 @@ from typing import cast
 
 from structlog.testing import capture_logs
 
-from adapters.alignment.aligner import KeyAligner
-from adapters.alignment.intake import Roster
+from evospec.adapters.alignment.aligner import KeyAligner
+from evospec.adapters.alignment.intake import Roster
 
 
 def make_roster(num_slots: int) -> tuple[Roster, list[str]]:

@@ -17,12 +17,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.messages import Grammar, SamplingParams
-from engine.request import Request
-from engine.sampling.choose import choose_tokens
-from engine.sampling.grammar_pool import GrammarPool
-from engine.sampling.sampler import Sampler, SamplingRows
-from kernels.gumbel_argmax import gumbel_noise
+from evospec.engine.messages import Grammar, SamplingParams
+from evospec.engine.request import Request
+from evospec.engine.sampling.choose import choose_tokens
+from evospec.engine.sampling.grammar_pool import GrammarPool
+from evospec.engine.sampling.sampler import Sampler, SamplingRows
+from evospec.kernels.gumbel_argmax import gumbel_noise
 from tests.exact_distribution import distribution, edited
 from tests.grammars import begin, settle
 from tests.unit.chi_square import chi_square_p

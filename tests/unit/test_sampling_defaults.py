@@ -9,8 +9,8 @@ from typing import Any
 import gguf
 import pytest
 
-from engine.models.config import ModelError, ModelFiles
-from engine.models.sampling_defaults import SamplingDefaults, sampling_defaults
+from evospec.engine.models.config import ModelError, ModelFiles
+from evospec.engine.models.sampling_defaults import SamplingDefaults, sampling_defaults
 
 
 def of_config(directory: Path, config: dict[str, Any] | None) -> SamplingDefaults:

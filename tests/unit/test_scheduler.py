@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.fair_queue import equal_share
-from engine.prompt_chunks import MOST_PROMPT_ROWS
-from engine.request import Request
-from engine.scheduler import QueueFull, RequestTooLong
+from evospec.engine.fair_queue import equal_share
+from evospec.engine.prompt_chunks import MOST_PROMPT_ROWS
+from evospec.engine.request import Request
+from evospec.engine.scheduler import QueueFull, RequestTooLong
 from tests.unit.scheduler_simulation import Simulation, expected_output, make_request
 
 
@@ -62,7 +62,7 @@ most_cached = st.sampled_from([1, 40, 10**6])
 def test_every_request_finishes_with_the_models_own_output(
     simulation: Simulation, arrivals: list[Arrival], most_cached: int
 ) -> None:
-    with patch("engine.admission.MOST_CACHED_TOKENS", most_cached):
+    with patch("evospec.engine.admission.MOST_CACHED_TOKENS", most_cached):
         check_every_request_finishes(simulation, arrivals)
 
 
@@ -95,7 +95,7 @@ def check_every_request_finishes(simulation: Simulation, arrivals: list[Arrival]
 def test_a_request_is_not_starved_by_endless_arrivals(
     most_cached: int, num_blocks: int, num_prompt: int, heavy_prompt: int
 ) -> None:
-    with patch("engine.admission.MOST_CACHED_TOKENS", most_cached):
+    with patch("evospec.engine.admission.MOST_CACHED_TOKENS", most_cached):
         check_a_request_is_not_starved(num_blocks, num_prompt, heavy_prompt)
 
 

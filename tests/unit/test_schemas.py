@@ -13,20 +13,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from engine.messages import Grammar
-from engine.models.sampling_defaults import SamplingDefaults
-from engine.text.tokenizer import Tokenizer
-from server.anthropic.request import MessagesRequest
-from server.errors import ApiError, body_error, validation_error
-from server.params import to_sampling_params, tokenize_prompts
-from server.responses.request import ResponsesRequest
-from server.routes.tokens import DetokenizeRequest, TokenizeRequest
-from server.schemas.body import Leniency
-from server.schemas.chat import ChatCompletionRequest
-from server.schemas.completions import CompletionRequest
-from server.schemas.constraints import to_grammar
-from server.schemas.unsupported import UNSUPPORTED
-from server.work_shares import RequestWork, WorkShares
+from evospec.engine.messages import Grammar
+from evospec.engine.models.sampling_defaults import SamplingDefaults
+from evospec.engine.text.tokenizer import Tokenizer
+from evospec.server.anthropic.request import MessagesRequest
+from evospec.server.errors import ApiError, body_error, validation_error
+from evospec.server.params import to_sampling_params, tokenize_prompts
+from evospec.server.responses.request import ResponsesRequest
+from evospec.server.routes.tokens import DetokenizeRequest, TokenizeRequest
+from evospec.server.schemas.body import Leniency
+from evospec.server.schemas.chat import ChatCompletionRequest
+from evospec.server.schemas.completions import CompletionRequest
+from evospec.server.schemas.constraints import to_grammar
+from evospec.server.schemas.unsupported import UNSUPPORTED
+from evospec.server.work_shares import RequestWork, WorkShares
 from tests.tiny_models import VOCAB_SIZE, tiny_tokenizer
 
 TEXT = {"model": "m", "prompt": "x"}

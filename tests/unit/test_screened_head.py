@@ -10,10 +10,10 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType
 
-from engine.messages import SamplingParams
-from engine.sampling.choose import takes_largest_logit
-from kernels.native import MatrixPart, PackedMatrix, Team, linear
-from kernels.screened_head import ScreenedHead, is_worth_it
+from evospec.engine.messages import SamplingParams
+from evospec.engine.sampling.choose import takes_largest_logit
+from evospec.kernels.native import MatrixPart, PackedMatrix, Team, linear
+from evospec.kernels.screened_head import ScreenedHead, is_worth_it
 
 VOCAB, HIDDEN = 5000, 256
 

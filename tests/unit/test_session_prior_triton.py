@@ -14,15 +14,15 @@ pytest.importorskip("triton")
 
 from numpy.typing import NDArray
 
-from engine.draft_vocab.bigram_graph import build_bigram_graph
-from kernels.head_rows import HeadRows
-from kernels.native_sessions import Sessions
-from kernels.native_texts import Texts
-from kernels.session_library import DraftStep, TokenRows
-from kernels.session_memory import DraftedRounds, SessionMemory, TextMemory
-from kernels.session_options import NUM_FEATURES, SessionOptions, TableSizes, drafted_ints
-from kernels.triton.session_prior import add_priors_triton
-from kernels.triton.text_repeats import include_repeats_triton
+from evospec.engine.draft_vocab.bigram_graph import build_bigram_graph
+from evospec.kernels.head_rows import HeadRows
+from evospec.kernels.native_sessions import Sessions
+from evospec.kernels.native_texts import Texts
+from evospec.kernels.session_library import DraftStep, TokenRows
+from evospec.kernels.session_memory import DraftedRounds, SessionMemory, TextMemory
+from evospec.kernels.session_options import NUM_FEATURES, SessionOptions, TableSizes, drafted_ints
+from evospec.kernels.triton.session_prior import add_priors_triton
+from evospec.kernels.triton.text_repeats import include_repeats_triton
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 VOCAB, HIDDEN, COLUMNS, PLACES = 60, 20, 24, 4

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from engine.config import ModelConfig
-from engine.models.config import ModelFiles
-from engine.models.registry import REGISTRY, registry_path
-from server.cli import app
-from server.settings import ConfigurationError, is_loopback, load_settings
-from server.settings_doc import settings_doc
+from evospec.engine.config import ModelConfig
+from evospec.engine.models.config import ModelFiles
+from evospec.engine.models.registry import REGISTRY, registry_path
+from evospec.server.cli import app
+from evospec.server.settings import ConfigurationError, is_loopback, load_settings
+from evospec.server.settings_doc import settings_doc
 
 ROOT = Path(__file__).parents[2]
 
@@ -180,7 +180,7 @@ def test_pull_puts_a_model_where_the_servers_look(tmp_path: Path, monkeypatch: p
         asked.append(config)
         return ModelFiles(config.name, tmp_path, "gguf")
 
-    monkeypatch.setattr("server.cli.validated_model", validated)
+    monkeypatch.setattr("evospec.server.cli.validated_model", validated)
     monkeypatch.setenv("EVOSPEC_ENGINE__MODEL__CACHE_DIR", str(tmp_path))
     assert CliRunner().invoke(app, ["pull", "smollm2-135m"]).exit_code == 0
     assert [(config.name, config.cache_dir) for config in asked] == [("smollm2-135m", tmp_path)]

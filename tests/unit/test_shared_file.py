@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.online.shared_file import SharedFile, SharedMemoryError, claim_directory
+from evospec.engine.online.shared_file import SharedFile, SharedMemoryError, claim_directory
 
 
 def test_a_directory_is_one_engines_until_it_ends(tmp_path: Path) -> None:

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.config import CacheConfig, SchedulerConfig
-from engine.messages import SamplingParams
-from engine.prompt_chunks import StepTime
-from engine.request import Request
-from engine.scheduler import LEAST_CHUNK, Scheduler
+from evospec.engine.config import CacheConfig, SchedulerConfig
+from evospec.engine.messages import SamplingParams
+from evospec.engine.prompt_chunks import StepTime
+from evospec.engine.request import Request
+from evospec.engine.scheduler import LEAST_CHUNK, Scheduler
 
 
 def test_nothing_is_known_at_first() -> None:

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import xgrammar
 
-from engine.messages import Grammar
-from engine.sampling.grammar import GrammarCompiler
-from server.errors import ApiError
-from server.schemas.chat import ChatCompletionRequest
-from server.schemas.constraints import to_grammar
-from server.tools.chat_format import HERMES, LLAMA, CallFormat, ChatFormat
-from server.tools.structural_tag import chat_grammar
+from evospec.engine.messages import Grammar
+from evospec.engine.sampling.grammar import GrammarCompiler
+from evospec.server.errors import ApiError
+from evospec.server.schemas.chat import ChatCompletionRequest
+from evospec.server.schemas.constraints import to_grammar
+from evospec.server.tools.chat_format import HERMES, LLAMA, CallFormat, ChatFormat
+from evospec.server.tools.structural_tag import chat_grammar
 
 END = 256
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from server.supervisor import ProcessFailed, SupervisedProcess
+from evospec.server.supervisor import ProcessFailed, SupervisedProcess
 
 
 @pytest.mark.parametrize(

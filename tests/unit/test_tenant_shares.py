@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.admission import TURN_TOKENS, RunningSequences
-from engine.kv_cache_manager import KVCacheManager
-from engine.request import Request
+from evospec.engine.admission import TURN_TOKENS, RunningSequences
+from evospec.engine.kv_cache_manager import KVCacheManager
+from evospec.engine.request import Request
 from tests.unit.scheduler_simulation import BLOCK_SIZE, Simulation, expected_output, make_request
 
 

@@ -9,12 +9,12 @@ import pytest
 from fastapi import Depends, FastAPI
 from structlog.testing import capture_logs
 
-from engine.models.config import ModelError
-from server.errors import install_error_handlers
-from server.launcher import serve
-from server.options import AuthConfig, LimitsConfig
-from server.settings import ConfigurationError, load_settings
-from server.tenants import KEY_PREFIX, Tenant, TenantRegistry, authenticate, check_exposure, hash_key, new_key
+from evospec.engine.models.config import ModelError
+from evospec.server.errors import install_error_handlers
+from evospec.server.launcher import serve
+from evospec.server.options import AuthConfig, LimitsConfig
+from evospec.server.settings import ConfigurationError, load_settings
+from evospec.server.tenants import KEY_PREFIX, Tenant, TenantRegistry, authenticate, check_exposure, hash_key, new_key
 
 # Like those of new_key, and the same in every run: they are in the names of tests.
 ACME_KEY, OTHER_KEY = (f"{KEY_PREFIX}{letter * 43}" for letter in "ab")

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from adapters.alignment.chains import SegmentBatch, collate
-from adapters.alignment.records import Segment
-from kernels.native_sessions import Sessions
-from kernels.native_texts import Texts
-from kernels.session_library import DraftStep, TokenRows
-from kernels.session_options import NUM_FEATURES, SessionOptions
+from evospec.adapters.alignment.chains import SegmentBatch, collate
+from evospec.adapters.alignment.records import Segment
+from evospec.kernels.native_sessions import Sessions
+from evospec.kernels.native_texts import Texts
+from evospec.kernels.session_library import DraftStep, TokenRows
+from evospec.kernels.session_options import NUM_FEATURES, SessionOptions
 from tests.drifting_traffic import DriftingTraffic, TinyDraft
 from tests.unit.test_replay import segment
 

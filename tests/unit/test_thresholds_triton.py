@@ -11,8 +11,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 pytest.importorskip("triton")
 
-from kernels.kept_thresholds import Limits, kept_thresholds
-from kernels.triton.kept_thresholds import kept_thresholds_triton
+from evospec.kernels.kept_thresholds import Limits, kept_thresholds
+from evospec.kernels.triton.kept_thresholds import kept_thresholds_triton
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOP_K, TOP_P, MIN_P = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.online.verify_log import TimeBudget
+from evospec.engine.online.verify_log import TimeBudget
 
 SHARE, MOST = 0.01, 2.0
 

@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
-from engine.text.tokenizer import Tokenizer
+from evospec.engine.text.tokenizer import Tokenizer
 from tests.tiny_models import VOCAB_SIZE, tiny_tokenizer
 
 TEXTS = st.text(st.characters(codec="utf-8") | st.sampled_from("ea <|>\u0301\u0323\u0338\u0345\u1100\u1161\u11a8\x7f"))

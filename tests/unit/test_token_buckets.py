@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.rate_limit import TokenBuckets
-from server.tenants import Tenant
+from evospec.server.rate_limit import TokenBuckets
+from evospec.server.tenants import Tenant
 
 # Sixty times a whole number a minute, and quarters of seconds: no sum is rounded, so the model must agree exactly.
 CAPACITIES = st.none() | st.integers(1, 5).map(lambda number: 60 * number)

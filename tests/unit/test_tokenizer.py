@@ -17,10 +17,10 @@ from transformers import Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
-from engine.models.config import ModelError, ModelFiles
-from engine.models.gguf_file import GGUFFile
-from engine.text.gguf_tokenizer import gguf_backend
-from engine.text.tokenizer import Tokenizer
+from evospec.engine.models.config import ModelError, ModelFiles
+from evospec.engine.models.gguf_file import GGUFFile
+from evospec.engine.text.gguf_tokenizer import gguf_backend
+from evospec.engine.text.tokenizer import Tokenizer
 from tests.tiny_models import make_directory, make_gguf
 
 # Ids by llama.cpp (llama-cpp-py-sync 0.11739) from the same file.

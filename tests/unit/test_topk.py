@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.topk import topk_rows, topk_rows_by_keys
+from evospec.kernels.topk import topk_rows, topk_rows_by_keys
 from tests.sorted_rows import topk_rows_reference
 
 _VALUES = [0.0, -0.0, 1.5, -1.5, 1e-40, -1e-40, 3e38, -3e38, float("inf"), float("-inf")]

@@ -11,8 +11,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 pytest.importorskip("triton")
 
-from kernels.topk import decode_sort_keys
-from kernels.triton.topk import largest_keys_triton
+from evospec.kernels.topk import decode_sort_keys
+from evospec.kernels.triton.topk import largest_keys_triton
 from tests.sorted_rows import topk_rows_reference
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.messages import SamplingParams
-from engine.truncation import StopChecker, Truncation
+from evospec.engine.messages import SamplingParams
+from evospec.engine.truncation import StopChecker, Truncation
 
 EOS = 9
 # Of one to five bytes; some hold part of a character.

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from server.work_shares import Turns
+from evospec.server.work_shares import Turns
 
 TENANTS = st.sampled_from("abc")
 SIZES = st.integers(1, 9)

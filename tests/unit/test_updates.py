@@ -12,14 +12,14 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from adapters.alignment import updates as updates_module
-from adapters.alignment.aligner import KeyAligner
-from adapters.alignment.chains import SegmentBatch, collate
-from adapters.alignment.store import AdapterStore
-from adapters.alignment.trigger import UpdateTrigger
-from adapters.alignment.updates import Updater
 from benchmarks.distillation.full_parameters import FullParameterUpdater
-from engine.adapters_config import AdaptersConfig, ReplayConfig, TrainingConfig
+from evospec.adapters.alignment import updates as updates_module
+from evospec.adapters.alignment.aligner import KeyAligner
+from evospec.adapters.alignment.chains import SegmentBatch, collate
+from evospec.adapters.alignment.store import AdapterStore
+from evospec.adapters.alignment.trigger import UpdateTrigger
+from evospec.adapters.alignment.updates import Updater
+from evospec.engine.adapters_config import AdaptersConfig, ReplayConfig, TrainingConfig
 from tests.drifting_traffic import DriftingTraffic, TinyDraft
 
 RATE = 0.01

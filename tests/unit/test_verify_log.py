@@ -16,19 +16,19 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from engine.adapters_config import AdaptersConfig, TokenLogConfig
-from engine.config import MAX_COPIED_TOKENS
-from engine.messages import SamplingParams
-from engine.online import run_writer, verify_record
-from engine.online.feature_ring import FeatureRingReader
-from engine.online.run_writer import RunWriter
-from engine.online.token_log import TokenLogStats
-from engine.online.verify_log import VerifyLog
-from engine.online.verify_record import VerifyRecord
-from engine.request import Request
-from engine.speculation.drafters.kv import Chunk
-from engine.step_plan import ScheduledSequence
-from engine.verification import Verification
+from evospec.engine.adapters_config import AdaptersConfig, TokenLogConfig
+from evospec.engine.config import MAX_COPIED_TOKENS
+from evospec.engine.messages import SamplingParams
+from evospec.engine.online import run_writer, verify_record
+from evospec.engine.online.feature_ring import FeatureRingReader
+from evospec.engine.online.run_writer import RunWriter
+from evospec.engine.online.token_log import TokenLogStats
+from evospec.engine.online.verify_log import VerifyLog
+from evospec.engine.online.verify_record import VerifyRecord
+from evospec.engine.request import Request
+from evospec.engine.speculation.drafters.kv import Chunk
+from evospec.engine.step_plan import ScheduledSequence
+from evospec.engine.verification import Verification
 
 LEAST_ROWS, WIDTH = 64, 4
 NUM_PROMPT_TOKENS = 100

@@ -8,8 +8,8 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from engine.messages import EngineStats
-from server.metrics import Metrics
+from evospec.engine.messages import EngineStats
+from evospec.server.metrics import Metrics
 
 
 def rendered() -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from benchmarks.vocabulary.replay import verification
-from engine.draft_vocab.vocab import MOST_BEGUN
-from engine.messages import SamplingParams, SessionState
-from engine.request import Request
+from evospec.engine.draft_vocab.vocab import MOST_BEGUN
+from evospec.engine.messages import SamplingParams, SessionState
+from evospec.engine.request import Request
 from tests.unit.test_draft_vocab import Harness
 
 

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from engine.draft_vocab.bigram_graph import BigramGraph, build_bigram_graph
-from engine.models.config import ModelError
+from evospec.engine.draft_vocab.bigram_graph import BigramGraph, build_bigram_graph
+from evospec.engine.models.config import ModelError
 from tests.reference.bigram_graph import TenantBigrams, neighbours
 
 VOCAB = 12

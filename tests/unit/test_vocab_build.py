@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from adapters.training import count
-from adapters.training.conversations import Conversation, data_directory, write_shard
-from engine.draft_vocab.bigram_graph import BigramGraph
-from engine.models.config import ModelError
-from engine.speculation.drafters.head import read_token_counts, static_vocabulary
-from engine.speculation.drafters.session_head import GRAPH_FILE
+from evospec.adapters.training import count
+from evospec.adapters.training.conversations import Conversation, data_directory, write_shard
+from evospec.engine.draft_vocab.bigram_graph import BigramGraph
+from evospec.engine.models.config import ModelError
+from evospec.engine.speculation.drafters.head import read_token_counts, static_vocabulary
+from evospec.engine.speculation.drafters.session_head import GRAPH_FILE
 from tests.reference.bigram_graph import neighbours
 from tests.running_command import run_evospec
 from tests.tiny_models import VOCAB_SIZE, make_directory
@@ -30,7 +30,7 @@ def write_conversations(directory: Path, *conversations: tuple[list[int], list[i
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The path of a tiny model whose training data would lie in ``tmp_path``."""
-    monkeypatch.setattr("adapters.training.conversations.CACHE", tmp_path)
+    monkeypatch.setattr("evospec.adapters.training.conversations.CACHE", tmp_path)
     return str(make_directory(tmp_path / "tiny").path)
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels.session_options import Table, TableSizes
+from evospec.kernels.session_options import Table, TableSizes
 from tests.counted_session import CountedSession
 
 VOCAB = 64

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from kernels.session_options import MAX_WEIGHT, NUM_FEATURES
+from evospec.kernels.session_options import MAX_WEIGHT, NUM_FEATURES
 from tests.reference.continuations import Continuations
 from tests.reference.ngrams import SessionNgrams, lookup, presence
 from tests.reference.prior import Candidates, FloatArray, bonus_features, gradient

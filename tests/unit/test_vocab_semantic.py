@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.draft_vocab.semantic import SemanticIndex, open_semantic_index
+from evospec.engine.draft_vocab.semantic import SemanticIndex, open_semantic_index
 
 NUM_ROWS, WIDTH = 3000, 48
 

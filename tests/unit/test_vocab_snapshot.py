@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.config import MAX_TAIL_TOKENS
-from engine.draft_vocab.ngram_counts import NgramCounts
-from engine.draft_vocab.snapshot import (
+from evospec.engine.config import MAX_TAIL_TOKENS
+from evospec.engine.draft_vocab.ngram_counts import NgramCounts
+from evospec.engine.draft_vocab.snapshot import (
     MAX_BYTES,
     MAX_FINGERPRINT,
     MAX_NGRAMS,
@@ -23,7 +23,7 @@ from engine.draft_vocab.snapshot import (
     make_snapshot,
     merge,
 )
-from kernels.session_options import NUM_FEATURES
+from evospec.kernels.session_options import NUM_FEATURES
 from tests.counted_session import CountedSession
 
 VOCAB = 50

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.draft_vocab.past import DecayedCounts, TenantMemory
+from evospec.engine.draft_vocab.past import DecayedCounts, TenantMemory
 
 
 def test_recent_tokens_outweigh_old_ones() -> None:

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapters.training import count_text
-from adapters.training.count import write_counts
-from engine.models.config import ModelError
-from engine.speculation.drafters.head import read_token_counts, static_vocabulary
+from evospec.adapters.training import count_text
+from evospec.adapters.training.count import write_counts
+from evospec.engine.models.config import ModelError
+from evospec.engine.speculation.drafters.head import read_token_counts, static_vocabulary
 from tests.running_command import run_evospec
 from tests.tiny_models import VOCAB_SIZE, make_directory, tiny_tokenizer
 

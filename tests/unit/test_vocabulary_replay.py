@@ -7,8 +7,8 @@ import pytest
 
 from benchmarks.common.draft_traces import DEPTH, TARGET_TOP_K, WIDTH, Trace
 from benchmarks.vocabulary.replay import Replay
-from engine.config import SpeculationConfig
-from engine.draft_vocab.resources import LIGHT_DRAFT_WEIGHTS
+from evospec.engine.config import SpeculationConfig
+from evospec.engine.draft_vocab.resources import LIGHT_DRAFT_WEIGHTS
 
 VOCAB = 1024
 PROMPT, ANSWER = [5, 6, 7], list(range(600, 640))

@@ -17,12 +17,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.online.adapter_control import MAX_KEY_BYTES
-from engine.online.cuda_memory import HandleServer, receive_memory
-from engine.online.shared_file import SharedMemoryError
-from engine.online.weight_channel import ChannelReplaced, WeightChannel, WeightWriter
-from engine.online.weight_directory import MAX_VERSION, Slot
-from engine.online.weight_layout import TensorSpec, WeightLayout
+from evospec.engine.online.adapter_control import MAX_KEY_BYTES
+from evospec.engine.online.cuda_memory import HandleServer, receive_memory
+from evospec.engine.online.shared_file import SharedMemoryError
+from evospec.engine.online.weight_channel import ChannelReplaced, WeightChannel, WeightWriter
+from evospec.engine.online.weight_directory import MAX_VERSION, Slot
+from evospec.engine.online.weight_layout import TensorSpec, WeightLayout
 from tests.killable_processes import processes
 from tests.unit.interleaving import at_line, before_each_line, count_lines
 

@@ -10,10 +10,10 @@ from unittest.mock import AsyncMock
 
 import pytest
 
-from engine.adapters_config import AdaptersConfig
-from engine.models.config import ModelFiles
-from server import launcher, processes
-from server.settings import ConfigurationError, Settings
+from evospec.engine.adapters_config import AdaptersConfig
+from evospec.engine.models.config import ModelFiles
+from evospec.server import launcher, processes
+from evospec.server.settings import ConfigurationError, Settings
 
 LOOK_SECONDS = 0.001
 

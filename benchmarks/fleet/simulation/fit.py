@@ -16,7 +16,7 @@ from benchmarks.fleet.simulation.measure import RealFleet
 from benchmarks.fleet.simulation.replica import FIRST_TOKENS, Costs, num_pairs
 from benchmarks.fleet.simulation.ring import Ring
 from benchmarks.fleet.simulation.traces import Conversation, Scale, make_conversations
-from kernels.native import has_amx
+from evospec.kernels.native import has_amx
 
 _RATE = 0.3
 """Conversations that begin a second, at one replica, and at two or more times two: they share two cores."""

@@ -14,7 +14,7 @@ from benchmarks.fleet.simulation.machine import Machine
 from benchmarks.fleet.simulation.replica import Costs, Replica, Step
 from benchmarks.fleet.simulation.ring import Router
 from benchmarks.fleet.simulation.traces import Conversation, Scale
-from engine.request import Request
+from evospec.engine.request import Request
 
 
 @dataclass

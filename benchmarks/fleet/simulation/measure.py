@@ -32,11 +32,11 @@ from benchmarks.fleet.processes import (
 from benchmarks.fleet.simulation.fleet import Served
 from benchmarks.fleet.simulation.traces import Conversation, Scale
 from benchmarks.prompts.build import read_eval
-from engine.config import ModelConfig
-from engine.models.registry import resolve_model
-from engine.text.tokenizer import Tokenizer
-from server.bench.stream import StreamResult, stream
-from server.session_ids import find_session_id, session_key
+from evospec.engine.config import ModelConfig
+from evospec.engine.models.registry import resolve_model
+from evospec.engine.text.tokenizer import Tokenizer
+from evospec.server.bench.stream import StreamResult, stream
+from evospec.server.session_ids import find_session_id, session_key
 
 _OPTIONS = [one for one in REPLICA_OPTIONS if one != "--no-engine.speculation.adaptive"]
 _OPTIONS += ["--log.format", "json"]
@@ -184,4 +184,4 @@ async def running_fleet(num_replicas: int) -> AsyncIterator[RealFleet]:
 
 
 def _is_engine(process: psutil.Process) -> bool:
-    return process.status() != psutil.STATUS_ZOMBIE and "engine.process" in process.cmdline()
+    return process.status() != psutil.STATUS_ZOMBIE and "evospec.engine.process" in process.cmdline()

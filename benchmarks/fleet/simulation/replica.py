@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from zlib import crc32
 
-from engine.config import MAX_SPECULATIVE_TOKENS, CacheConfig, SchedulerConfig
-from engine.messages import SamplingParams
-from engine.request import Request
-from engine.scheduler import Scheduler
-from engine.speculation.length.adaptive import AdaptiveLength
-from engine.speculation.length.costs import Curve, StepCosts
-from engine.speculation.length.policy import Chain
-from engine.step_plan import DraftSlot, ScheduledSequence, SchedulerOutput
+from evospec.engine.config import MAX_SPECULATIVE_TOKENS, CacheConfig, SchedulerConfig
+from evospec.engine.messages import SamplingParams
+from evospec.engine.request import Request
+from evospec.engine.scheduler import Scheduler
+from evospec.engine.speculation.length.adaptive import AdaptiveLength
+from evospec.engine.speculation.length.costs import Curve, StepCosts
+from evospec.engine.speculation.length.policy import Chain
+from evospec.engine.step_plan import DraftSlot, ScheduledSequence, SchedulerOutput
 
 FIRST_TOKENS = 128
 """Tokens of prompts that a step reads at a higher price, for all that does not grow with them."""

@@ -9,8 +9,8 @@ from benchmarks.fleet.simulation.fleet import Fleet
 from benchmarks.fleet.simulation.replica import Costs
 from benchmarks.fleet.simulation.ring import Anywhere, Drawn, Router, shares
 from benchmarks.fleet.simulation.traces import Scale, make_conversations, read_conversations
-from engine.adapters_config import AdaptersConfig
-from server.options import SessionsConfig
+from evospec.engine.adapters_config import AdaptersConfig
+from evospec.server.options import SessionsConfig
 
 RINGS: tuple[tuple[int, str, int | None], ...] = (
     (10, "no affinity", None),

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.models.config import MAX_LAYERS, Activation, LayerSpec, ModelError, ModelSpec
-from engine.models.config_keys import ConfigKeys
-from engine.models.rope_scaling import read_rope
+from evospec.engine.models.config import MAX_LAYERS, Activation, LayerSpec, ModelError, ModelSpec
+from evospec.engine.models.config_keys import ConfigKeys
+from evospec.engine.models.rope_scaling import read_rope
 
 _ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 FULL, SLIDING = "full_attention", "sliding_attention"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from engine.models.config import LayerSpec, ModelError, ModelSpec
-from engine.models.config_keys import ConfigKeys
-from engine.models.families.base import FULL, SLIDING, Family, layers_of_types, read_decoder
-from engine.models.rope_scaling import read_rope
+from evospec.engine.models.config import LayerSpec, ModelError, ModelSpec
+from evospec.engine.models.config_keys import ConfigKeys
+from evospec.engine.models.families.base import FULL, SLIDING, Family, layers_of_types, read_decoder
+from evospec.engine.models.rope_scaling import read_rope
 
 
 def _read(config: ConfigKeys) -> ModelSpec:

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from engine.models.config import ModelError, ModelSpec
-from engine.models.config_keys import ConfigKeys
-from engine.models.families.base import Family
-from engine.models.families.gemma3 import GEMMA3
-from engine.models.families.gpt_oss import GPT_OSS
-from engine.models.families.llama import LLAMA
-from engine.models.families.mistral import MINISTRAL, MINISTRAL3, MISTRAL
-from engine.models.families.phi3 import PHI3
-from engine.models.families.qwen import QWEN2, QWEN3, QWEN3_MOE
-from engine.models.families.smollm3 import SMOLLM3
+from evospec.engine.models.config import ModelError, ModelSpec
+from evospec.engine.models.config_keys import ConfigKeys
+from evospec.engine.models.families.base import Family
+from evospec.engine.models.families.gemma3 import GEMMA3
+from evospec.engine.models.families.gpt_oss import GPT_OSS
+from evospec.engine.models.families.llama import LLAMA
+from evospec.engine.models.families.mistral import MINISTRAL, MINISTRAL3, MISTRAL
+from evospec.engine.models.families.phi3 import PHI3
+from evospec.engine.models.families.qwen import QWEN2, QWEN3, QWEN3_MOE
+from evospec.engine.models.families.smollm3 import SMOLLM3
 
 FAMILIES = (LLAMA, QWEN2, QWEN3, QWEN3_MOE, MISTRAL, MINISTRAL, MINISTRAL3, SMOLLM3, PHI3, GEMMA3, GPT_OSS)
 BY_MODEL_TYPE = {family.model_type: family for family in FAMILIES}

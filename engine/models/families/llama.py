@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from engine.models.config import ModelSpec
-from engine.models.config_keys import ConfigKeys
-from engine.models.families.base import Family, read_decoder
+from evospec.engine.models.config import ModelSpec
+from evospec.engine.models.config_keys import ConfigKeys
+from evospec.engine.models.families.base import Family, read_decoder
 
 
 def _read(config: ConfigKeys) -> ModelSpec:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from engine.models.config import LayerSpec, ModelSpec
-from engine.models.config_keys import ConfigKeys
-from engine.models.families.base import Family, read_decoder
+from evospec.engine.models.config import LayerSpec, ModelSpec
+from evospec.engine.models.config_keys import ConfigKeys
+from evospec.engine.models.families.base import Family, read_decoder
 
 
 def _read(config: ConfigKeys) -> ModelSpec:

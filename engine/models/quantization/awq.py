@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engine.models.config_keys import ConfigKeys
-from engine.models.quantization.base import (
+from evospec.engine.models.config_keys import ConfigKeys
+from evospec.engine.models.quantization.base import (
     FLOATS,
     Array,
     Groups,

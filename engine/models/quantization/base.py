@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from gguf.constants import GGMLQuantizationType
 
-from engine.models.config import ModelError
+from evospec.engine.models.config import ModelError
 
 FLOATS = ("F32", "F16", "BF16")
 """Types of tensors, as safetensors calls them"""

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engine.models.config import ModelError
-from engine.models.config_keys import ConfigKeys
-from engine.models.quantization.base import (
+from evospec.engine.models.config import ModelError
+from evospec.engine.models.config_keys import ConfigKeys
+from evospec.engine.models.quantization.base import (
     FLOATS,
     Groups,
     Part,
@@ -28,7 +28,7 @@ from engine.models.quantization.base import (
     supported,
     unpacked,
 )
-from engine.models.quantization.scaled import FP8, INT8, Scaled, block
+from evospec.engine.models.quantization.scaled import FP8, INT8, Scaled, block
 
 _BITS_OF_FORMAT = {"pack-quantized": (4, 8), "int-quantized": (8,), "float-quantized": (8,), "naive-quantized": (8,)}
 _TYPES = {"int": INT8, "float": FP8}

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from engine.models.config_keys import ConfigKeys
-from engine.models.quantization.base import (
+from evospec.engine.models.config_keys import ConfigKeys
+from evospec.engine.models.quantization.base import (
     FLOATS,
     Groups,
     Part,

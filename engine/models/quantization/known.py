@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from engine.models.config import ModelError
-from engine.models.config_keys import ConfigKeys
-from engine.models.quantization.awq import Awq
-from engine.models.quantization.base import Quantization, supported
-from engine.models.quantization.compressed_tensors import read_compressed_tensors
-from engine.models.quantization.gptq import Gptq
-from engine.models.quantization.mxfp4 import Mxfp4
-from engine.models.quantization.scaled import Scaled
+from evospec.engine.models.config import ModelError
+from evospec.engine.models.config_keys import ConfigKeys
+from evospec.engine.models.quantization.awq import Awq
+from evospec.engine.models.quantization.base import Quantization, supported
+from evospec.engine.models.quantization.compressed_tensors import read_compressed_tensors
+from evospec.engine.models.quantization.gptq import Gptq
+from evospec.engine.models.quantization.mxfp4 import Mxfp4
+from evospec.engine.models.quantization.scaled import Scaled
 
 METHODS: Mapping[str, Callable[[ConfigKeys], Quantization]] = {
     "awq": Awq.read,

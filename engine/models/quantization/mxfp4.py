@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from gguf.constants import GGMLQuantizationType
 
-from engine.models.config import ModelError
-from engine.models.quantization.base import Part, Quantization, Read
+from evospec.engine.models.config import ModelError
+from evospec.engine.models.quantization.base import Part, Quantization, Read
 
 _BLOCK = 32
 

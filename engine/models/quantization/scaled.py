@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engine.models.config_keys import ConfigKeys
-from engine.models.quantization.base import FLOATS, Groups, Part, Quantization, QuantizedMatrix, Read, supported
+from evospec.engine.models.config_keys import ConfigKeys
+from evospec.engine.models.quantization.base import FLOATS, Groups, Part, Quantization, QuantizedMatrix, Read, supported
 
 INT8, FP8 = "I8", "F8_E4M3"
 """Types of tensors, as safetensors calls them"""

@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from engine.batch import Features
-from engine.draft_state import DraftSource
-from engine.draft_vocab.vocab import DraftVocab
-from engine.online.verify_log import VerifyLog
-from engine.online.whole_draft import WholeDraft
-from engine.request import Request
-from engine.step_plan import DraftSlot, ScheduledSequence
-from kernels.native_chain import StopRule
+from evospec.engine.batch import Features
+from evospec.engine.draft_state import DraftSource
+from evospec.engine.draft_vocab.vocab import DraftVocab
+from evospec.engine.online.verify_log import VerifyLog
+from evospec.engine.online.whole_draft import WholeDraft
+from evospec.engine.request import Request
+from evospec.engine.step_plan import DraftSlot, ScheduledSequence
+from evospec.kernels.native_chain import StopRule
 
 
 class Proposer:

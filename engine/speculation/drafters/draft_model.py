@@ -6,17 +6,17 @@ from collections.abc import Sequence
 
 import torch
 
-from engine.attention.base import AttentionBackend, AttentionSpec
-from engine.batch import Features, ForwardBatch
-from engine.config import CacheConfig
-from engine.loader import LoadedModel
-from engine.model_runner import attention_spec, build_batch
-from engine.request import Request
-from engine.speculation.drafters.base import DraftCosts, Proposer
-from engine.speculation.drafters.head import DraftHead
-from engine.speculation.drafters.kv import DraftKvTracker, chain_batches
-from engine.step_plan import DraftSlot, ScheduledSequence
-from kernels.native_chain import StopRule
+from evospec.engine.attention.base import AttentionBackend, AttentionSpec
+from evospec.engine.batch import Features, ForwardBatch
+from evospec.engine.config import CacheConfig
+from evospec.engine.loader import LoadedModel
+from evospec.engine.model_runner import attention_spec, build_batch
+from evospec.engine.request import Request
+from evospec.engine.speculation.drafters.base import DraftCosts, Proposer
+from evospec.engine.speculation.drafters.head import DraftHead
+from evospec.engine.speculation.drafters.kv import DraftKvTracker, chain_batches
+from evospec.engine.step_plan import DraftSlot, ScheduledSequence
+from evospec.kernels.native_chain import StopRule
 
 
 class DraftModel:

@@ -10,31 +10,31 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from engine.attention import flashinfer
-from engine.attention.base import AttentionBackend, AttentionSpec
-from engine.attention.native_cpu import NativeAttention
-from engine.attention.torch_paged import TorchPagedAttention
-from engine.batch import Features, ForwardBatch, padded_block_tables
-from engine.config import CacheConfig
-from engine.loader import LoadedModel
-from engine.model_runner import build_batch, lay_out
-from engine.models.eagle3 import Eagle3
-from engine.models.native_decoder import NativeDecoder
-from engine.models.native_eagle3 import NativeEagle3
-from engine.online.adapters import EagleAdapters
-from engine.online.run_writer import RunWriter
-from engine.online.verify_log import VerifyLog
-from engine.online.whole_draft import WholeDraft
-from engine.request import Request
-from engine.speculation.drafters.base import DraftCosts, Proposer
-from engine.speculation.drafters.eagle_network import EagleNetwork, make_network
-from engine.speculation.drafters.gpu_chain import GpuChain
-from engine.speculation.drafters.head import DraftHead
-from engine.speculation.drafters.kv import Chunk, DraftKvTracker, FeatureStore, chain_batches
-from engine.step_plan import DraftSlot, ScheduledSequence
-from kernels.batched_lora import LoraRows
-from kernels.native_chain import NativeChain, StopRule, UnreadTokens
-from kernels.upload import upload
+from evospec.engine.attention import flashinfer
+from evospec.engine.attention.base import AttentionBackend, AttentionSpec
+from evospec.engine.attention.native_cpu import NativeAttention
+from evospec.engine.attention.torch_paged import TorchPagedAttention
+from evospec.engine.batch import Features, ForwardBatch, padded_block_tables
+from evospec.engine.config import CacheConfig
+from evospec.engine.loader import LoadedModel
+from evospec.engine.model_runner import build_batch, lay_out
+from evospec.engine.models.eagle3 import Eagle3
+from evospec.engine.models.native_decoder import NativeDecoder
+from evospec.engine.models.native_eagle3 import NativeEagle3
+from evospec.engine.online.adapters import EagleAdapters
+from evospec.engine.online.run_writer import RunWriter
+from evospec.engine.online.verify_log import VerifyLog
+from evospec.engine.online.whole_draft import WholeDraft
+from evospec.engine.request import Request
+from evospec.engine.speculation.drafters.base import DraftCosts, Proposer
+from evospec.engine.speculation.drafters.eagle_network import EagleNetwork, make_network
+from evospec.engine.speculation.drafters.gpu_chain import GpuChain
+from evospec.engine.speculation.drafters.head import DraftHead
+from evospec.engine.speculation.drafters.kv import Chunk, DraftKvTracker, FeatureStore, chain_batches
+from evospec.engine.step_plan import DraftSlot, ScheduledSequence
+from evospec.kernels.batched_lora import LoraRows
+from evospec.kernels.native_chain import NativeChain, StopRule, UnreadTokens
+from evospec.kernels.upload import upload
 
 Embed = Callable[[torch.Tensor], torch.Tensor]
 

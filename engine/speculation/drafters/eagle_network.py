@@ -7,14 +7,14 @@ from collections.abc import Mapping
 import structlog
 import torch
 
-from engine.attention.base import AttentionBackend
-from engine.batch import Features, ForwardBatch
-from engine.loader import LoadedModel
-from engine.models.decoder import RotaryEmbedding
-from engine.models.eagle3 import Eagle3
-from engine.models.native_eagle3 import NativeEagle3, unsupported_draft
-from kernels.batched_lora import LoraRows
-from kernels.heads import Rotation
+from evospec.engine.attention.base import AttentionBackend
+from evospec.engine.batch import Features, ForwardBatch
+from evospec.engine.loader import LoadedModel
+from evospec.engine.models.decoder import RotaryEmbedding
+from evospec.engine.models.eagle3 import Eagle3
+from evospec.engine.models.native_eagle3 import NativeEagle3, unsupported_draft
+from evospec.kernels.batched_lora import LoraRows
+from evospec.kernels.heads import Rotation
 
 log = structlog.get_logger(__name__)
 

@@ -18,24 +18,24 @@ import torch
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from engine.attention.base import AttentionBackend
-from engine.batch import ForwardBatch, padded_block_tables
-from engine.config import MAX_SPECULATIVE_TOKENS
-from engine.gpu_memory import CHAIN_SIZES, GRAPH_SIZES
-from engine.model_runner import lay_out
-from engine.online.adapters import EagleAdapters
-from engine.request import Request
-from engine.sampling.choose import row_sampling
-from engine.speculation.drafters.eagle_network import EagleNetwork
-from engine.speculation.drafters.gpu_head import GpuHead
-from engine.speculation.drafters.kv import Chunk
-from engine.step_graphs import CudaGraphRecorder, Planned, Replay, filled_up, padded, read_by_graphs
-from engine.step_plan import DraftSlot
-from kernels.batched_lora import LoraRows
-from kernels.choose_tokens import GpuRows, RowSampling, choice_arrays
-from kernels.session_memory import DraftedRounds
-from kernels.session_options import drafted_ints
-from kernels.upload import FixedMemory
+from evospec.engine.attention.base import AttentionBackend
+from evospec.engine.batch import ForwardBatch, padded_block_tables
+from evospec.engine.config import MAX_SPECULATIVE_TOKENS
+from evospec.engine.gpu_memory import CHAIN_SIZES, GRAPH_SIZES
+from evospec.engine.model_runner import lay_out
+from evospec.engine.online.adapters import EagleAdapters
+from evospec.engine.request import Request
+from evospec.engine.sampling.choose import row_sampling
+from evospec.engine.speculation.drafters.eagle_network import EagleNetwork
+from evospec.engine.speculation.drafters.gpu_head import GpuHead
+from evospec.engine.speculation.drafters.kv import Chunk
+from evospec.engine.step_graphs import CudaGraphRecorder, Planned, Replay, filled_up, padded, read_by_graphs
+from evospec.engine.step_plan import DraftSlot
+from evospec.kernels.batched_lora import LoraRows
+from evospec.kernels.choose_tokens import GpuRows, RowSampling, choice_arrays
+from evospec.kernels.session_memory import DraftedRounds
+from evospec.kernels.session_options import drafted_ints
+from evospec.kernels.upload import FixedMemory
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from engine.draft_state import NONE
-from engine.draft_vocab.vocab import DraftVocab
-from engine.request import Request
-from kernels.choose_tokens import GpuRows
-from kernels.draft_head import draft_head_topk
-from kernels.head_rows import Core, HeadRows, TailSlabs
-from kernels.session_memory import DraftedRounds
-from kernels.session_prior import GpuPrior
+from evospec.engine.draft_state import NONE
+from evospec.engine.draft_vocab.vocab import DraftVocab
+from evospec.engine.request import Request
+from evospec.kernels.choose_tokens import GpuRows
+from evospec.kernels.draft_head import draft_head_topk
+from evospec.kernels.head_rows import Core, HeadRows, TailSlabs
+from evospec.kernels.session_memory import DraftedRounds
+from evospec.kernels.session_prior import GpuPrior
 
 
 class GpuHead:

@@ -10,23 +10,23 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from engine.draft_vocab.vocab import DraftVocab
-from engine.loader import LoadedModel
-from engine.messages import SamplingParams
-from engine.models.config import ModelError
-from engine.models.native_decoder import NativeDecoder
-from engine.models.native_eagle3 import NativeEagle3
-from engine.request import Request
-from engine.sampling.choose import all_greedy, choose_tokens, row_sampling
-from engine.speculation.drafters.gpu_head import GpuHead
-from engine.speculation.drafters.own_head import OwnHead
-from engine.step_plan import DraftSlot
-from kernels.batched_lora import LoraRows
-from kernels.draft_head import draft_head_topk
-from kernels.head_rows import Core, HeadRows, TailMemory, TailSlabs
-from kernels.native_chain import ChainBatch, NativeChain, StopRule, UnreadTokens
-from kernels.native_decoder import KvCache
-from kernels.upload import upload
+from evospec.engine.draft_vocab.vocab import DraftVocab
+from evospec.engine.loader import LoadedModel
+from evospec.engine.messages import SamplingParams
+from evospec.engine.models.config import ModelError
+from evospec.engine.models.native_decoder import NativeDecoder
+from evospec.engine.models.native_eagle3 import NativeEagle3
+from evospec.engine.request import Request
+from evospec.engine.sampling.choose import all_greedy, choose_tokens, row_sampling
+from evospec.engine.speculation.drafters.gpu_head import GpuHead
+from evospec.engine.speculation.drafters.own_head import OwnHead
+from evospec.engine.step_plan import DraftSlot
+from evospec.kernels.batched_lora import LoraRows
+from evospec.kernels.draft_head import draft_head_topk
+from evospec.kernels.head_rows import Core, HeadRows, TailMemory, TailSlabs
+from evospec.kernels.native_chain import ChainBatch, NativeChain, StopRule, UnreadTokens
+from evospec.kernels.native_decoder import KvCache
+from evospec.kernels.upload import upload
 
 COUNTS_FILE = "token_counts.safetensors"
 """Next to a draft: one tensor ``counts`` [vocab] int64, how often the target generated each token."""

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from engine.batch import Features, ForwardBatch, padded_block_tables
-from engine.model_runner import slots_of
-from engine.request import Request
-from engine.speculation.drafters.eagle_network import EagleNetwork
-from engine.step_plan import DraftSlot, ScheduledSequence
+from evospec.engine.batch import Features, ForwardBatch, padded_block_tables
+from evospec.engine.model_runner import slots_of
+from evospec.engine.request import Request
+from evospec.engine.speculation.drafters.eagle_network import EagleNetwork
+from evospec.engine.step_plan import DraftSlot, ScheduledSequence
 
 MAX_CATCH_UP_TOKENS = 512
 """Most unseen tokens that one call of ``catch_up`` lets a draft compute, of few sequences; the rest waits a step."""

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from engine.draft_state import NONE
-from engine.draft_vocab.running_texts import RunningTexts
-from engine.draft_vocab.vocab import DraftVocab
-from engine.request import Request
-from engine.speculation.drafters.base import DraftCosts, Proposer
-from engine.speculation.length.policy import Copy
-from engine.step_plan import DraftSlot
-from engine.verification import Verification
-from kernels.native_chain import CONFIDENCE_LEVELS, StopRule
+from evospec.engine.draft_state import NONE
+from evospec.engine.draft_vocab.running_texts import RunningTexts
+from evospec.engine.draft_vocab.vocab import DraftVocab
+from evospec.engine.request import Request
+from evospec.engine.speculation.drafters.base import DraftCosts, Proposer
+from evospec.engine.speculation.length.policy import Copy
+from evospec.engine.step_plan import DraftSlot
+from evospec.engine.verification import Verification
+from evospec.kernels.native_chain import CONFIDENCE_LEVELS, StopRule
 
 MIN_MATCH = 3
 """Fewest tokens at the text's end that must have come before."""

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from gguf import GGMLQuantizationType
 
-from engine.loader import LoadedModel
-from engine.models.decoder import HeadSlab
-from engine.models.eagle3_weights import DraftRows
-from kernels.native import MatrixPart, PackedMatrix, linear
-from kernels.native_decoder import unpack_rows
+from evospec.engine.loader import LoadedModel
+from evospec.engine.models.decoder import HeadSlab
+from evospec.engine.models.eagle3_weights import DraftRows
+from evospec.kernels.native import MatrixPart, PackedMatrix, linear
+from evospec.kernels.native_decoder import unpack_rows
 
 log = structlog.get_logger(__name__)
 

@@ -10,20 +10,20 @@ import structlog
 import torch
 from numpy.typing import NDArray
 
-from engine.config import DynamicConfig, EngineConfig
-from engine.draft_vocab.bigram_graph import BigramGraph
-from engine.draft_vocab.resources import LIGHT_DRAFT_WEIGHTS, Resources, core_mask
-from engine.draft_vocab.running_texts import RunningTexts
-from engine.draft_vocab.vocab import DraftVocab
-from engine.loader import LoadedModel
-from engine.models.config import ModelError
-from engine.speculation.drafters.head import DraftHead
-from engine.speculation.drafters.own_head import OwnHead
-from engine.text.tokenizer import Tokenizer
-from kernels.head_rows import TailMemory, TailSlabs
+from evospec.engine.config import DynamicConfig, EngineConfig
+from evospec.engine.draft_vocab.bigram_graph import BigramGraph
+from evospec.engine.draft_vocab.resources import LIGHT_DRAFT_WEIGHTS, Resources, core_mask
+from evospec.engine.draft_vocab.running_texts import RunningTexts
+from evospec.engine.draft_vocab.vocab import DraftVocab
+from evospec.engine.loader import LoadedModel
+from evospec.engine.models.config import ModelError
+from evospec.engine.speculation.drafters.head import DraftHead
+from evospec.engine.speculation.drafters.own_head import OwnHead
+from evospec.engine.text.tokenizer import Tokenizer
+from evospec.kernels.head_rows import TailMemory, TailSlabs
 
 if TYPE_CHECKING:
-    from engine.draft_vocab.semantic import SemanticIndex
+    from evospec.engine.draft_vocab.semantic import SemanticIndex
 
 log = structlog.get_logger(__name__)
 
@@ -90,7 +90,7 @@ def _open_index(
     config: EngineConfig, loaded: LoadedModel, core: NDArray[np.int64] | None, own: OwnHead | None
 ) -> SemanticIndex:
     """Over the head rows outside the core: those inside need no retrieval."""
-    from engine.draft_vocab.semantic import open_semantic_index
+    from evospec.engine.draft_vocab.semantic import open_semantic_index
 
     outside = np.setdiff1d(np.arange(loaded.spec.vocab_size), () if core is None else core)
     rows_of = loaded.model.head_rows if own is None else own.rows

@@ -10,9 +10,9 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from engine.config import MAX_SPECULATIVE_TOKENS
-from engine.speculation.length.ratio import Ratio
-from kernels.native_chain import CONFIDENCE_LEVELS
+from evospec.engine.config import MAX_SPECULATIVE_TOKENS
+from evospec.engine.speculation.length.ratio import Ratio
+from evospec.kernels.native_chain import CONFIDENCE_LEVELS
 
 MAX_ACCEPTANCE = 0.98
 _PRIOR_ACCEPTANCE, _PRIOR_TRIALS = 0.7, 10.0

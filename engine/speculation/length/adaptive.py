@@ -16,11 +16,11 @@ from itertools import accumulate, pairwise
 
 import numpy as np
 
-from engine.speculation.length.acceptance import IDLE_MEMORY, MAX_ACCEPTANCE, Tenant, Tenants
-from engine.speculation.length.costs import ServedCosts, StepCosts
-from engine.speculation.length.plan import Plan, all_before, best_plan, best_verified, worth_reading
-from engine.speculation.length.policy import Chain, Draftable, LengthPolicy
-from kernels.native_chain import StopRule
+from evospec.engine.speculation.length.acceptance import IDLE_MEMORY, MAX_ACCEPTANCE, Tenant, Tenants
+from evospec.engine.speculation.length.costs import ServedCosts, StepCosts
+from evospec.engine.speculation.length.plan import Plan, all_before, best_plan, best_verified, worth_reading
+from evospec.engine.speculation.length.policy import Chain, Draftable, LengthPolicy
+from evospec.kernels.native_chain import StopRule
 
 _MIN_WORTH = 0.1
 """Tokens that copying for a sequence must promise, all costs taken off: a tenth of what its step makes anyhow."""

@@ -10,17 +10,17 @@ from dataclasses import dataclass
 import structlog
 import torch
 
-from engine.config import EngineConfig
-from engine.draft_state import DraftSource
-from engine.draft_vocab.vocab import DraftVocab, most_likely
-from engine.messages import SamplingParams
-from engine.model_runner import ModelRunner
-from engine.request import Request
-from engine.speculation.drafters.base import Proposer
-from engine.speculation.length.costs import Curve, StepCosts, without_spikes
-from engine.step_plan import DraftSlot, ScheduledSequence
-from engine.verification import Verification
-from kernels.choose_tokens import choose_tokens
+from evospec.engine.config import EngineConfig
+from evospec.engine.draft_state import DraftSource
+from evospec.engine.draft_vocab.vocab import DraftVocab, most_likely
+from evospec.engine.messages import SamplingParams
+from evospec.engine.model_runner import ModelRunner
+from evospec.engine.request import Request
+from evospec.engine.speculation.drafters.base import Proposer
+from evospec.engine.speculation.length.costs import Curve, StepCosts, without_spikes
+from evospec.engine.step_plan import DraftSlot, ScheduledSequence
+from evospec.engine.verification import Verification
+from evospec.kernels.choose_tokens import choose_tokens
 
 log = structlog.get_logger(__name__)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import accumulate, repeat, takewhile
 from operator import mul
 
-from engine.speculation.length.costs import Costs, Seconds
+from evospec.engine.speculation.length.costs import Costs, Seconds
 
 _MIN_GAIN = 1.03
 """Drafting must promise this many times the rate without it: costs are estimates."""

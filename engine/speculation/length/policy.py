@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from engine.speculation.length.ratio import Ratio
+from evospec.engine.speculation.length.ratio import Ratio
 
 if TYPE_CHECKING:
-    from engine.speculation.length.acceptance import Tenant
-    from kernels.native_chain import StopRule
+    from evospec.engine.speculation.length.acceptance import Tenant
+    from evospec.kernels.native_chain import StopRule
 
 
 class Copy(msgspec.Struct, frozen=True):

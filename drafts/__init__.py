@@ -1,1 +1,0 @@
-"""Drafts that are shipped: one directory a model, found by ``engine.speculation.build``."""
