@@ -64,7 +64,7 @@ def test_other_distributions_keep_their_packages_of_these_names(package: str, tm
     theirs.write_text("")
     script = f"""
 import sys
-sys.path.append({str(tmp_path)!r})
+sys.path.insert(1, {str(tmp_path)!r})  # after the working directory
 import evospec.{package}, {package}
 print({package}.__file__)
 """
