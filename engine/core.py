@@ -39,6 +39,9 @@ log = structlog.get_logger(__name__)
 
 _IDLE_PATIENCE = 0.5
 _COMPILING_PATIENCE, _STALLED_PATIENCE = 0.005, 0.001
+_FAILED_STEP = "The model could not compute this step. Other requests go on."
+_MOST_FAILED_STEPS = 3
+"""In a row, after which the engine ends, to be started anew."""
 _NOT_FINITE = "The model has computed numbers that are not finite: its weights may be damaged."
 
 Outputs = defaultdict[bytes, list[EngineOutput]]
@@ -86,7 +89,9 @@ class EngineCore:
         self._verifier = Verifier(tokenizer, loaded.max_model_len, loaded.team, on_gpu)
         self._arrivals = Arrivals(spec.vocab_size)
         self._refused: Outputs = defaultdict(list)
-        self._num_nonfinite = 0
+        self._num_nonfinite = self._num_failed_steps = self._num_failed_in_a_row = 0
+        self._outlives_faults = loaded.device.type == "cpu" and config.runtime.tensor_parallel_size == 1
+        """Whether the state is sound after a step that has failed: a GPU, or a process of another rank, may not be."""
         self._is_stalled = False
         """Whether nobody could compute anything in the last step."""
         self.introduction = self._introduce(config, files, loaded, tokenizer, draft)
@@ -153,7 +158,8 @@ class EngineCore:
         return _COMPILING_PATIENCE if self._grammars.waiting else _IDLE_PATIENCE
 
     def stats(self) -> EngineStats:
-        stats = replace(self._scheduler.stats(), nonfinite_sequences=self._num_nonfinite)
+        failed = {"nonfinite_sequences": self._num_nonfinite, "failed_steps": self._num_failed_steps}
+        stats = replace(self._scheduler.stats(), **failed)
         return self._speculator.add_stats(stats) if self._speculator else stats
 
     @torch.inference_mode()
@@ -179,11 +185,16 @@ class EngineCore:
         clock.lap("schedule")
         if self._is_stalled:
             return outputs, None
-        logits, features = self._runner.execute(plan.sequences, self._capture)
-        clock.lap("forward")
-        self._constrained.wait(plan.sequences)
-        verified = self._verifier.verify(plan.sequences, logits)
-        clock.lap("sample")
+        try:
+            logits, features = self._runner.execute(plan.sequences, self._capture)
+            clock.lap("forward")
+            self._constrained.wait(plan.sequences)
+            verified = self._verifier.verify(plan.sequences, logits)
+            clock.lap("sample")
+        except Exception:
+            self._fail(plan)
+            return outputs, None
+        self._num_failed_in_a_row = 0
         vocabulary = self._speculator.learn(verified, logits, features) if self._speculator is not None else 0.0
         clock.lap("draft")
         self._emit(verified, outputs)
@@ -192,6 +203,19 @@ class EngineCore:
         if self._speculator is not None:
             self._speculator.record_step(plan, clock.seconds, clock.seconds_without("draft"))
         return outputs, clock.timings(plan, vocabulary)
+
+    def _fail(self, plan: SchedulerOutput) -> None:
+        """The target's pass over this step has raised: its requests end, and the others go on.
+
+        Raises again where the engine's state may not be sound, and where step after step fails: it is to be restarted.
+        """
+        self._num_failed_in_a_row += 1
+        if not self._outlives_faults or self._num_failed_in_a_row == _MOST_FAILED_STEPS:
+            raise
+        self._num_failed_steps += 1
+        log.exception("a step has failed", sequences=len(plan.sequences), tokens=plan.num_tokens)
+        for sequence in plan.sequences:
+            self._end(sequence.request, _FAILED_STEP, "internal")
 
     def _plan(self, decodes: dict[Request, int]) -> SchedulerOutput:
         """The rest of the step; masks of grammars are asked for."""

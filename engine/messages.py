@@ -253,6 +253,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     Synthetic requests are not counted among those that wait and run. ``vocabularies_used`` of ``vocabularies_total``
     sequences have a draft vocabulary of their own. ``nonfinite_sequences`` ended because the model computed logits that
     are not finite. ``snapshots_refused``: of sessions, because they were damaged. ``alignment``: None where it is off.
+    ``faults`` of parts that only make the engine faster, by part; those ``switched_off`` have failed again and again.
+    ``failed_steps``: steps that the model could not compute; each has ended the requests that were in it.
     """
 
     num_waiting: int
@@ -268,6 +270,9 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     vocabularies_total: int = 0
     snapshots_refused: int = 0
     alignment: AlignmentStats | None = None
+    faults: dict[str, int] = {}
+    switched_off: list[str] = []
+    failed_steps: int = 0
 
 
 class EngineOutputs(msgspec.Struct, frozen=True, tag="outputs", kw_only=True, omit_defaults=True):

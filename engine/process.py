@@ -31,6 +31,10 @@ _RECEIVING_SECONDS = 0.005
 """How long messages are taken before another step: those who run wait meanwhile. The others stay in the socket."""
 
 
+_MOST_UNSENT = 10_000
+"""Messages that wait for a server that does not read: some minutes of steps."""
+
+
 class EngineProcess:
     """Receives requests, steps while there is work, and sends each client its outputs.
 
@@ -41,7 +45,9 @@ class EngineProcess:
         self._core, self._verification = core, verification
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.SNDHWM, 0)  # a slow client's outputs wait in memory, never the step loop
+        self._socket.setsockopt(zmq.SNDHWM, _MOST_UNSENT)  # a slow client's outputs wait here, never the step loop
+        self._socket.setsockopt(zmq.HEARTBEAT_IVL, 5_000)  # milliseconds: a server's machine may vanish without a word
+        self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 30_000)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # an error for clients that have gone, not silence
         self._socket.bind(address)
         self._decoder = msgspec.msgpack.Decoder(messages.ClientMessage)
@@ -108,11 +114,12 @@ class EngineProcess:
 
     def _send(self, client: bytes, message: messages.EngineMessage) -> None:
         try:
-            self._socket.send_multipart((client, self._encoder.encode(message)))
+            self._socket.send_multipart((client, self._encoder.encode(message)), zmq.NOBLOCK)
         except zmq.ZMQError as error:
-            if error.errno != zmq.EHOSTUNREACH:
+            if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
                 raise
-            log.warning("a client has gone away", client=client.hex())
+            reason = "it does not read" if error.errno == zmq.EAGAIN else "it has gone away"
+            log.warning("a client's requests end", client=client.hex(), reason=reason)
             self._clients.discard(client)
             self._core.abort_client(client)
 

@@ -27,6 +27,7 @@ _COUNTERS = {
     "prefix_hit_tokens": ("prefix_cache_hits", "Prompt tokens found in the prefix cache."),
     "preemptions": ("preemptions", "Sequences preempted for lack of blocks or places."),
     "nonfinite_sequences": ("nonfinite_sequences", "Sequences ended by logits that are not finite."),
+    "failed_steps": ("failed_steps", "Steps that the model could not compute; the requests in them ended."),
     "snapshots_refused": ("vocab_snapshots_refused", "Sessions that started cold in the engine."),
 }
 """By their field of ``EngineStats``."""
@@ -48,6 +49,13 @@ class EngineMetrics:
         self._draft_bytes = gauge("draft_bytes", "Weights and KV cache of the draft.")
         self._gauges = {name: gauge(*about) for name, about in _GAUGES.items()}
         self._waiting_by_tenant = gauge("num_requests_waiting_by_tenant", "Sequences queued in the engine.", "tenant")
+        self._faults = families.counter(
+            "optional_part_faults", "Faults of parts that only make the engine faster; no request ends by them.", "part"
+        )
+        self._off = gauge("optional_part_off", "1 if the part is switched off, after several faults.", "part")
+        self._last_faults: dict[str, int] = {}
+        self.switched_off: list[str] = []
+        """Parts that only make the engine faster, and are switched off after several faults, by name."""
         self._counters = EngineCounters({name: families.counter(*about) for name, about in _COUNTERS.items()})
         step_seconds = histogram(
             "engine_step_seconds",
@@ -77,6 +85,7 @@ class EngineMetrics:
         if message.epoch != self._epoch:
             self._epoch = message.epoch
             self._counters.restart()
+            self._last_faults = {}
             self.alignment.counters.restart()
         if message.stats is not None:
             self._observe_stats(message.stats)
@@ -98,11 +107,18 @@ class EngineMetrics:
         for name, gauge in self._gauges.items():
             gauge.set(getattr(stats, name))
         self._counters.follow(stats)
+        self._follow_faults(stats)
         if stats.alignment is not None:
             self.alignment.observe_engine(stats.alignment)
         self._waiting_by_tenant.clear()
         for tenant, count in stats.waiting_by_tenant.items():
             self._waiting_by_tenant.labels(self._tenant_label(tenant)).inc(count)
+
+    def _follow_faults(self, stats: EngineStats) -> None:
+        for part, count in stats.faults.items():
+            self._faults.labels(part).inc(max(0, count - self._last_faults.get(part, 0)))
+            self._off.labels(part).set(part in stats.switched_off)
+        self._last_faults, self.switched_off = stats.faults, stats.switched_off
 
     def _observe_step(self, step: StepTimings) -> None:
         seconds = [step.draft, step.forward, step.sample, step.schedule + step.commit]

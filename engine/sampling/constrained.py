@@ -5,10 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 
+import structlog
+
 from evospec.engine.request import Request
-from evospec.engine.sampling.grammar_cursor import GrammarCursor
+from evospec.engine.sampling.grammar_cursor import GRAMMAR_FAILED, GrammarCursor
 from evospec.engine.sampling.grammar_pool import GrammarPool
 from evospec.engine.step_plan import ScheduledSequence
+
+log = structlog.get_logger(__name__)
 
 _PATIENCE = 0.001
 """Seconds that a step waits for masks."""
@@ -52,7 +56,11 @@ class ConstrainedRequests:
     def ask(self) -> None:
         """Ask for the masks of a step, and for those of sequences that wait for theirs."""
         for request, cursor in self._running.values():
-            cursor.ask([] if cursor.is_slow else [*request.draft_token_ids])
+            try:
+                cursor.ask([] if cursor.is_slow else [*request.draft_token_ids])
+            except Exception:
+                log.exception("a grammar cannot be enforced", request=request.request_id)
+                cursor.failure = GRAMMAR_FAILED
         if self._running:
             self._pool.flush()
 

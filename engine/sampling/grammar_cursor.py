@@ -15,6 +15,7 @@ Masks = NDArray[np.int32]
 
 GRAMMAR_SPENT = "The schema takes too long to enforce: it is too ambiguous for the model's tokens."
 GRAMMAR_CONTRADICTS = "The schema allows no further token: what it asks for cannot be written with the model's tokens."
+GRAMMAR_FAILED = "The schema cannot be enforced any more: what does so has failed."
 
 
 class GrammarCursor(ABC):

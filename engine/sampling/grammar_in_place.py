@@ -10,12 +10,15 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
+import structlog
 import torch  # noqa: F401 - first: xgrammar loads tvm_ffi, which would be without torch then, for flashinfer too
 
 from evospec.engine.messages import Grammar
 from evospec.engine.sampling.grammar import CompiledGrammar, GrammarCompiler, GrammarMatcher, GrammarSequence
 from evospec.engine.sampling.grammar_cursor import GrammarCursor
 from evospec.engine.sampling.grammar_messages import MASKS_PER_SLOT, Vocabulary
+
+log = structlog.get_logger(__name__)
 
 _NICE = 5
 """The engine's own thread goes first."""
@@ -26,8 +29,13 @@ class InPlaceCursor(GrammarCursor):
 
     def __init__(self, grammar: InPlaceGrammar, compiled: CompiledGrammar, num_words: int) -> None:
         super().__init__(np.zeros((MASKS_PER_SLOT, num_words), dtype=np.int32))
-        self._grammar = grammar
-        self._sequence = GrammarSequence(GrammarMatcher(compiled), self.masks, time.thread_time)
+        self._grammar, self._compiled = grammar, compiled
+        self._output: list[int] = []
+        """All tokens of the output that were asked about."""
+        self._sequence = self._begin()
+
+    def _begin(self) -> GrammarSequence:
+        return GrammarSequence(GrammarMatcher(self._compiled), self.masks, time.thread_time)
 
     def allowed(self, draft_token_ids: list[int]) -> list[int]:
         self.ask(draft_token_ids)
@@ -36,8 +44,14 @@ class InPlaceCursor(GrammarCursor):
     def ask(self, draft_token_ids: list[int]) -> None:
         if self.failure is not None or (self.num_masks and draft_token_ids == self.drafts[: len(draft_token_ids)]):
             return
-        num_masks = self._sequence.follow(self._committed or [], draft_token_ids)
-        self._committed, self.drafts = None, draft_token_ids
+        new, self._committed, self.drafts = self._committed or [], None, draft_token_ids
+        self._output += new
+        try:
+            num_masks = self._sequence.follow(new, draft_token_ids)
+        except Exception:  # a matcher that has stopped within a token is of no use any more
+            log.exception("a grammar's matcher has failed, and reads its output anew", tokens=len(self._output))
+            self._sequence = self._begin()
+            num_masks = self._sequence.follow(self._output, [])
         self._settle(num_masks, self._sequence.failure)
 
     def end(self) -> None:

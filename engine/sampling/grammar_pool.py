@@ -128,8 +128,12 @@ class GrammarPool:
     def poll(self) -> None:
         """Send what was asked, take what was answered."""
         for key, process in self._processes():
-            process.flush()
-            process.receive()
+            try:
+                process.flush()
+                process.receive()
+            except Exception:
+                log.exception("a grammar's process cannot be understood, and is ended")
+                process.kill()
             if process.error is not None:
                 del self._grammars[key]
                 (self._errors if process.is_refused else self._deaths)[key] = process.error
@@ -166,7 +170,15 @@ class GrammarPool:
         if process is None or process.is_compiling:
             return None
         self._grammars[key] = self._grammars.pop(key)
-        return process.begin()
+        try:
+            return process.begin()
+        except Exception:
+            if process is not self._grammars.get(key) or not isinstance(process, InPlaceGrammar):
+                raise
+            log.exception("a grammar cannot be enforced in the engine: processes enforce all from now on")
+            self._compiler = None
+            del self._grammars[key]
+            return None
 
     def _end_wait(self, request_id: str) -> _Wanted:
         """A request waits no longer; what it waited for, and who else does."""

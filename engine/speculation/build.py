@@ -185,4 +185,5 @@ def make_speculator(
     copies_itself = isinstance(proposer, NgramProposer)
     texts = draft.vocab.texts if draft.vocab is not None else RunningTexts(2 * config.scheduler.max_num_seqs)
     lookup = PromptLookup(texts) if speculation.copies and speculation.adaptive and not copies_itself else None
-    return Speculator(proposer, policy, speculation.num_speculative_tokens, lookup, draft.vocab), costs
+    sizes = speculation.num_speculative_tokens, runner.vocab_size
+    return Speculator(proposer, policy, *sizes, lookup, draft.vocab), costs

@@ -1,4 +1,9 @@
-"""The engine's side of speculation: how many tokens to draft, who drafts them, and the time that takes."""
+"""The engine's side of speculation: how many tokens to draft, who drafts them, and the time that takes.
+
+All of it is optional. What raises is counted by ``OptionalParts`` under the name of its part: "draft" (who proposes),
+"lookup" (prompt lookup), "lengths" (how many tokens to draft), "vocabulary" (the sessions' words and priors) and "log"
+(the token log and its features). The requests go on without it.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +18,12 @@ from evospec.engine.batch import Features
 from evospec.engine.config import MAX_COPIED_TOKENS, MAX_SPECULATIVE_TOKENS
 from evospec.engine.draft_vocab.vocab import DraftVocab, most_likely
 from evospec.engine.messages import EngineStats, TokenLogprob, TokenSource, VocabularyCounts
+from evospec.engine.optional_parts import OptionalParts
 from evospec.engine.request import Request
 from evospec.engine.sampling.choose import is_greedy
 from evospec.engine.speculation.drafters.base import Proposer
 from evospec.engine.speculation.drafters.lookup import PromptLookup, are_predicted
-from evospec.engine.speculation.length.policy import Chain, LengthPolicy
+from evospec.engine.speculation.length.policy import Chain, Copy, LengthPolicy
 from evospec.engine.step_plan import DraftSlot, SchedulerOutput
 from evospec.engine.verification import Verification
 
@@ -36,6 +42,7 @@ class Speculator:
         proposer: drafts.
         policy: decides lengths.
         max_tokens: most draft tokens of a sequence and step.
+        vocab_size: of the target; no draft token may have a larger id.
         lookup: finds what may be copied instead of drafted; None: nothing is.
         vocab: the vocabularies of running sequences; None where all draft from the same.
     """
@@ -45,10 +52,12 @@ class Speculator:
         proposer: Proposer,
         policy: LengthPolicy,
         max_tokens: int,
+        vocab_size: int,
         lookup: PromptLookup | None = None,
         vocab: DraftVocab | None = None,
     ) -> None:
-        self._proposer, self._policy, self._max_tokens = proposer, policy, max_tokens
+        self._proposer, self._policy, self._max_tokens, self._vocab_size = proposer, policy, max_tokens, vocab_size
+        self.parts = OptionalParts()
         self._lookup, self._vocab = lookup, vocab
         self._verify_log, self._whole_draft = proposer.verify_log, proposer.whole_draft
         self.capture_layers = proposer.capture_layers
@@ -59,21 +68,40 @@ class Speculator:
 
     def draft_lengths(self, requests: Sequence[Request], limits: Sequence[int], num_joining: int) -> list[int]:
         """As many tokens as the policy wants within every limit: the scheduler's, the engine's and the request's."""
+        none = [0] * len(requests)
+        if self.parts.is_off("draft"):
+            return none
+        lengths = self.parts.call("lengths", none, self._draft_lengths, requests, limits, num_joining)
+        return [max(0, min(length, limit)) for length, limit in zip(lengths, limits, strict=True)]
+
+    def _draft_lengths(self, requests: Sequence[Request], limits: Sequence[int], num_joining: int) -> list[int]:
         sequences = [request.draft_state.draftable for request in requests]
         if self._policy.rests(sequences):
             return [0] * len(requests)
         most = [_most_copied(request, limit) for request, limit in zip(requests, limits, strict=True)]
-        copies = [None] * len(requests) if self._lookup is None else self._lookup.look(requests, most)
+        copies: list[Copy | None] = [None] * len(requests)
+        if self._lookup is not None:
+            copies = self.parts.call("lookup", copies, self._lookup.look, requests, most)
         has_draft = [True] * len(requests) if self._whole_draft is None else self._whole_draft.find_draft(requests)
         for request, one, limit, copy, drafts in zip(requests, sequences, most, copies, has_draft, strict=True):
             request.draft_state.copy = copy
             one.tenant, one.num_unread = request.tenant, self._proposer.num_unread(request)
             one.limit = min(limit, self._max_tokens) if drafts else 0
             one.greedy, one.repeat = is_greedy(request.sampling), () if copy is None else copy.levels
-        return self._policy.lengths(sequences, num_joining)
+        lengths = self._policy.lengths(sequences, num_joining)
+        if len(lengths) != len(requests):
+            raise ValueError(f"{len(lengths)} lengths for {len(requests)} sequences")
+        return lengths
 
     def draft(self, slots: Sequence[DraftSlot]) -> None:
-        """Write ``request.draft_token_ids``, as far as the policy finds it worth while."""
+        """Write ``request.draft_token_ids``, as far as the policy finds it worth while; none where that fails."""
+        if not self.parts.call("draft", False, self._draft, slots):
+            for slot in slots:
+                slot.request.draft_token_ids = []
+                slot.request.draft_state.begin_step()
+
+    def _draft(self, slots: Sequence[DraftSlot]) -> bool:
+        """Always True: the drafts are there."""
         started = time.perf_counter()
         wanted, drafting = [slot for slot in slots if slot.num_tokens], []
         for slot in wanted:
@@ -90,10 +118,13 @@ class Speculator:
             sequences = [slot.request.draft_state.draftable for slot in drafting]
             rule = self._policy.stop_rule(sequences, [slot.num_tokens for slot in drafting])
             self._proposer.propose(drafting, rule)
+        for slot in wanted:
+            _check(slot, self._vocab_size)
         self._cut([slot.request for slot in wanted if slot.request.draft_token_ids])
         has_drafts = any(slot.request.draft_token_ids for slot in drafting)
         self._drafting_seconds = time.perf_counter() - started if has_drafts else None
         _drop_forbidden([slot.request for slot in wanted])
+        return True
 
     def _cut(self, requests: Sequence[Request]) -> None:
         """Keep the whole chains, and of each request's drafts what is worth verifying."""
@@ -103,7 +134,9 @@ class Speculator:
         for request in requests:
             request.draft_state.chain = chain = Chain(request.draft_token_ids, request.draft_state.confidence)
             chains.append(chain)
-        lengths = self._policy.worth_verifying([request.draft_state.draftable for request in requests], chains)
+        whole = [len(chain.token_ids) for chain in chains]
+        sequences = [request.draft_state.draftable for request in requests]
+        lengths = self.parts.call("lengths", whole, self._policy.worth_verifying, sequences, chains)
         for request, length in zip(requests, lengths, strict=True):  # another list: the chain keeps this one
             request.draft_token_ids = request.draft_token_ids[:length]
 
@@ -118,27 +151,30 @@ class Speculator:
         Returns:
             The seconds that vocabularies took.
         """
-        self._proposer.after_verification(
-            [one.sequence for one in verified], [one.num_chosen for one in verified], features
-        )
-        first_right = self._judge(verified)
-        likely = None if self._verify_log is None else self._verify_log.write(verified, logits, first_right)
+        call = self.parts.call
+        sequences, num_chosen = [one.sequence for one in verified], [one.num_chosen for one in verified]
+        call("draft", None, self._proposer.after_verification, sequences, num_chosen, features)
+        first_right = call("lengths", {}, self._judge, verified)
+        likely = None
+        if self._verify_log is not None:
+            likely = call("log", None, self._verify_log.write, verified, logits, first_right)
         seconds = 0.0
         if self._vocab is not None:
             started = time.perf_counter()
-            self._vocab.follow(verified, likely or most_likely(logits), self._may_never_draft)
+            top_k = likely or most_likely(logits)
+            call("vocabulary", None, self._vocab.follow, verified, top_k, self._may_never_draft)
             seconds = time.perf_counter() - started
         if self._drafting_seconds is not None:
-            self._policy.record_seconds(self._drafting_seconds + seconds)
+            call("lengths", None, self._policy.record_seconds, self._drafting_seconds + seconds)
             self._drafting_seconds = None  # the next step may have nothing to draft for, and then nobody is asked
         return seconds
 
     def record_step(self, plan: SchedulerOutput, seconds: float, without_drafts: float) -> None:
         """A step is over that took so long, and so long without its drafts."""
         if not plan.num_prompt_tokens:
-            self._policy.record_step(plan.num_tokens, without_drafts)
+            self.parts.call("lengths", None, self._policy.record_step, plan.num_tokens, without_drafts)
         if self._verify_log is not None:
-            self._verify_log.record_step(seconds)
+            self.parts.call("log", None, self._verify_log.record_step, seconds)
 
     def _may_never_draft(self, request: Request) -> bool:
         """Whether a new request gets a vocabulary only when it is drafted for, because that may well never be."""
@@ -173,6 +209,9 @@ class Speculator:
 
     def with_sources(self, one: Verification, entries: list[TokenLogprob]) -> list[TokenLogprob]:
         """The log-probabilities of a committed step's tokens, with who proposed each of them."""
+        return self.parts.call("vocabulary", entries, self._with_sources, one, entries)
+
+    def _with_sources(self, one: Verification, entries: list[TokenLogprob]) -> list[TokenLogprob]:
         sources = [self._source(one, *accepted) for accepted in zip(one.kept, are_predicted(one), strict=False)]
         named = zip(entries, sources, strict=False)
         accepted = [msgspec.structs.replace(entry, source=source) for entry, source in named]
@@ -187,7 +226,8 @@ class Speculator:
     def add_stats(self, stats: EngineStats) -> EngineStats:
         """The engine's statistics with those of speculation."""
         if self._verify_log is not None:
-            stats = msgspec.structs.replace(stats, alignment=self._verify_log.stats())
+            stats = msgspec.structs.replace(stats, alignment=self.parts.call("log", None, self._verify_log.stats))
+        stats = msgspec.structs.replace(stats, faults=self.parts.faults, switched_off=self.parts.switched_off)
         if self._vocab is None:
             return stats
         return msgspec.structs.replace(
@@ -199,7 +239,11 @@ class Speculator:
 
     def finish(self, request: Request) -> tuple[bytes | None, VocabularyCounts | None]:
         """A request has ended, its last tokens are committed: the snapshot of its session, and how its drafts fared."""
-        return (None, None) if self._vocab is None else self._vocab.finish(request)
+        return (
+            (None, None)
+            if self._vocab is None
+            else self.parts.call("vocabulary", (None, None), self._vocab.finish, request)
+        )
 
     def preempted(self, request: Request) -> None:
         """A request has lost its blocks; it comes back."""
@@ -210,15 +254,15 @@ class Speculator:
         """A request has ended."""
         self._leave(request)
         if self._lookup is not None:
-            self._lookup.forget(request)
+            self.parts.clean_up("lookup", self._lookup.forget, request)
         if self._vocab is not None:
-            self._vocab.forget(request)
+            self.parts.clean_up("vocabulary", self._vocab.forget, request)
 
     def _leave(self, request: Request) -> None:
         """A request gives its blocks back."""
         if self._verify_log is not None:
-            self._verify_log.forget(request)
-        self._proposer.forget(request)
+            self.parts.clean_up("log", self._verify_log.forget, request)
+        self.parts.clean_up("draft", self._proposer.forget, request)
 
 
 def _most_copied(request: Request, limit: int) -> int:
@@ -231,6 +275,13 @@ def _most_copied(request: Request, limit: int) -> int:
     most = MAX_COPIED_TOKENS if request.grammar is None else MAX_SPECULATIVE_TOKENS
     asked = request.sampling.num_speculative_tokens
     return min(limit, most if asked is None else min(asked, most))
+
+
+def _check(slot: DraftSlot, vocab_size: int) -> None:
+    """Raises ``ValueError`` for drafts that the target cannot compute: other ids than it has, or more than fit."""
+    drafts = slot.request.draft_token_ids
+    if len(drafts) > slot.num_tokens or (drafts and not 0 <= min(drafts) <= max(drafts) < vocab_size):
+        raise ValueError(f"{len(drafts)} draft tokens where {slot.num_tokens} fit, or ids that no token has")
 
 
 def _drop_forbidden(requests: Sequence[Request]) -> None:

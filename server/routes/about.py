@@ -31,6 +31,13 @@ public_router = APIRouter()
 _bearer = HTTPBearer(auto_error=False, description="API key, or admin key")
 
 
+class Health(msgspec.Struct, frozen=True, kw_only=True):
+    """``switched_off``: parts of the engine that have failed several times, such as "draft"; they cost speed only."""
+
+    status: Literal["ok", "degraded"]
+    switched_off: list[str]
+
+
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     """The served model. ``max_model_len`` bounds prompt plus output, in tokens.
 
@@ -107,14 +114,18 @@ async def overview(tenant: Annotated[Tenant | None, Depends(viewer)], serving: C
 
 
 @public_router.head("/health", include_in_schema=False)
-@public_router.get("/health", responses={200: {"description": "The engine is ready.", "content": None}, **errors(503)})
+@public_router.get("/health", responses=success(Health) | errors(503))
 async def health(request: Request, serving: CurrentServing) -> Response:
-    """200 while the engine is ready and the server is not about to end. Needs no API key."""
+    """200 while the engine is ready and the server is not about to end. Needs no API key.
+
+    The body says whether parts that only make the engine faster are switched off. Requests are served all the same.
+    """
     if request.app.state.leaving:
         raise shutting_down()
     if not serving.engine.ready:
         raise EngineDead("The engine is not ready.")
-    return Response()
+    switched_off = serving.metrics.engine.switched_off
+    return JsonResponse(Health(status="degraded" if switched_off else "ok", switched_off=switched_off))
 
 
 @router.get(

@@ -86,7 +86,7 @@ class RecordingPolicy(LengthPolicy):
 def test_drafts_of_a_preempted_request_are_not_judged_by_what_it_computes_when_it_is_back(is_preempted: bool) -> None:
     """What was drafted and what could be copied belonged to the step that it has lost."""
     texts, policy = RunningTexts(8), RecordingPolicy()
-    speculator = Speculator(NgramProposer(texts), policy, 4, PromptLookup(texts))
+    speculator = Speculator(NgramProposer(texts), policy, 4, 1000, PromptLookup(texts))
     request = Request("r", b"", "t", SAMPLING, [1, 2, 3, 9, 1, 2, 3])
     lengths = speculator.draft_lengths([request], [4], 0)
     speculator.draft([DraftSlot(request, lengths[0], array("i"))])
@@ -100,7 +100,7 @@ def test_drafts_of_a_preempted_request_are_not_judged_by_what_it_computes_when_i
 
 def test_copies_that_are_wrong_are_no_sign_of_a_bad_draft() -> None:
     """There is none: nobody is told to look at its layers."""
-    speculator = Speculator(NgramProposer(RunningTexts(8)), LengthPolicy(), 4)
+    speculator = Speculator(NgramProposer(RunningTexts(8)), LengthPolicy(), 4, 1000)
     request = Request("r", b"", "t", SAMPLING, [1, 2, 3, 9, 1, 2, 3])
     with capture_logs() as logs:
         for new in range(100, 310):  # the target says something new, then what came before
