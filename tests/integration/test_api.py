@@ -581,6 +581,25 @@ async def test_metrics_show_requests_and_the_engine(serve: Any, replies: Script)
     assert [line for line in expected if line not in lines] == []
 
 
+async def test_parts_that_are_switched_off_leave_the_server_healthy_but_degraded(serve: Any) -> None:
+    counters = dict.fromkeys(("num_waiting", "num_running", "blocks_used", "blocks_total"), 0)
+    counters |= dict.fromkeys(("prefix_query_tokens", "prefix_hit_tokens", "preemptions"), 0)
+    stats = EngineStats(**counters, faults={"draft": 3, "log": 1}, switched_off=["draft"], failed_steps=2)
+    async with serve(silent) as api:
+        sound = (await api.client.get("/health")).json()
+        for _ in range(2):
+            await api.engine.send(stats=stats)
+        await api.until_get("/health", lambda response: response.json()["switched_off"])
+        degraded = await api.client.get("/health")
+        lines = (await api.client.get("/metrics")).text.splitlines()
+    assert sound == {"status": "ok", "switched_off": []}
+    assert (degraded.status_code, degraded.json()) == (200, {"status": "degraded", "switched_off": ["draft"]})
+    assert 'evospec:optional_part_faults_total{part="draft"} 3.0' in lines
+    assert 'evospec:optional_part_off{part="draft"} 1.0' in lines
+    assert 'evospec:optional_part_off{part="log"} 0.0' in lines
+    assert "evospec:failed_steps_total 2.0" in lines
+
+
 async def test_openapi_needs_a_key_where_there_are_keys(serve: Any) -> None:
     async with serve(silent, "--auth.keys", f"acme={hash_key('secret')}") as api:
         refused = await api.client.get("/openapi.json")

@@ -13,10 +13,12 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
+import msgspec
 import numpy as np
 import psutil
 import pydantic
@@ -32,7 +34,7 @@ from evospec.engine.messages import EngineOutput, EngineRequest, Grammar, Sampli
 from evospec.engine.models.registry import resolve_model
 from evospec.engine.request import Request
 from evospec.engine.sampling import constrained, grammar_client, grammar_pool
-from evospec.engine.sampling.grammar import GrammarCompiler, GrammarMatcher
+from evospec.engine.sampling.grammar import CompiledGrammar, GrammarCompiler, GrammarMatcher
 from evospec.engine.sampling.grammar_client import GrammarProcess, ProcessCursor
 from evospec.engine.sampling.grammar_cursor import GRAMMAR_CONTRADICTS, GrammarCursor
 from evospec.engine.sampling.grammar_in_place import InPlaceCursor
@@ -491,6 +493,63 @@ def test_a_cheap_grammar_is_enforced_without_a_process(tokenizer: Tokenizer, mon
             assert cursor.num_masks == 1 + len(allowed)
         assert np.array_equal(here.masks[: here.num_masks], there.masks[: there.num_masks])
     assert allowed == draft_ids[:1]
+
+
+def test_a_matcher_that_fails_reads_its_output_anew(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may have stopped within a token: its state is of no use. The masks are those without the fault."""
+    pool = GrammarPool(tokenizer, num_slots=2)
+    judge(monkeypatch, is_cheap=True)
+    grammar = schema({"type": "array", "items": {"enum": ["aa", "ab"]}})
+    sound, failing = (begin(pool, with_grammar(grammar, tenant=tenant)) for tenant in "ab")
+    accept = GrammarMatcher.accept
+    for text in ("[", '"a', 'b",'):
+        for cursor in (sound, failing):
+            cursor.commit(tokenizer.encode(text))
+        settle(pool, sound)
+        calls = count()
+
+        def fail_once(matcher: GrammarMatcher, token_id: int, calls: count[int] = calls) -> bool:
+            if next(calls) == 0:
+                raise RuntimeError("injected")
+            return accept(matcher, token_id)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(GrammarMatcher, "accept", fail_once)
+            settle(pool, failing)
+        assert next(calls) > 1
+        assert (failing.num_masks, failing.failure) == (1, None)
+        assert np.array_equal(failing.masks[0], sound.masks[0])
+
+
+def test_a_grammar_that_the_engine_cannot_enforce_goes_to_a_process(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cannot(*_: object) -> CompiledGrammar:
+        raise MemoryError
+
+    pool = GrammarPool(tokenizer, num_slots=2)
+    judge(monkeypatch, is_cheap=True)
+    monkeypatch.setattr(GrammarCompiler, "compile", cannot)  # here; processes have a compiler of their own
+    assert isinstance(begin(pool, with_grammar(schema({"type": "integer"}))), ProcessCursor)
+
+
+def test_a_process_that_cannot_be_understood_ends_alone(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = GrammarPool(tokenizer, num_slots=2)
+    judge(monkeypatch, is_cheap=False)
+    one, other = (begin(pool, with_grammar(schema({"type": "integer"}), tenant=tenant)) for tenant in "ab")
+    assert isinstance(one, ProcessCursor)
+    receive, broken = GrammarProcess.receive, one._process
+
+    def receive_nonsense(process: GrammarProcess) -> None:
+        if process is broken:
+            raise msgspec.DecodeError("injected")
+        receive(process)
+
+    monkeypatch.setattr(GrammarProcess, "receive", receive_nonsense)
+    pool.poll()
+    settle(pool, other)
+    assert one.failure is not None
+    assert (other.num_masks, other.failure) == (1, None)
 
 
 def test_one_request_that_cannot_go_on_ends_alone(tmp_path: Path) -> None:
