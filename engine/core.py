@@ -88,7 +88,7 @@ class EngineCore:
             on_gpu = GpuChoices(self._runner.vocab_size, loaded.device, has_graphs=loaded.cuda_graphs)
         self._verifier = Verifier(tokenizer, loaded.max_model_len, loaded.team, on_gpu)
         self._arrivals = Arrivals(spec.vocab_size)
-        self._refused: Outputs = defaultdict(list)
+        self._unsent: Outputs = defaultdict(list)
         self._num_nonfinite = self._num_failed_steps = self._num_failed_in_a_row = 0
         self._outlives_faults = loaded.device.type == "cpu" and config.runtime.tensor_parallel_size == 1
         """Whether the state is sound after a step that has failed: a GPU, or a process of another rank, may not be."""
@@ -142,16 +142,26 @@ class EngineCore:
         prefix = engine_request_id(client_id, "")
         requests = [*self._scheduler.requests, *self._grammars.waiting]
         self.abort(client_id, [r.removeprefix(prefix) for r in requests if r.startswith(prefix)])
+        self._unsent.pop(client_id, None)
 
     def abort(self, client_id: bytes, request_ids: Iterable[str]) -> None:
-        """End requests without output; unknown ones have ended already."""
+        """End requests; unknown ones have ended already.
+
+        The last output of each says what its session has learned from the output so far.
+        """
         for request_id in request_ids:
             engine_id = engine_request_id(client_id, request_id)
-            self._forget(engine_id, self._scheduler.abort(engine_id))
+            request = self._scheduler.abort(engine_id)
+            snapshot = None
+            if request is not None and request.output_token_ids and self._speculator is not None:
+                snapshot, _ = self._speculator.finish(request)
+            self._forget(engine_id, request)
+            output = EngineOutput(request_id=request_id, finish_reason="aborted", session_snapshot=snapshot)
+            self._unsent[client_id].append(output)
 
     def patience(self) -> float:
         """Seconds that the loop may wait for messages before the next step."""
-        if self._refused:
+        if self._unsent:
             return 0.0
         if self._scheduler.has_work():
             return _STALLED_PATIENCE if self._is_stalled else 0.0
@@ -172,7 +182,7 @@ class EngineCore:
         output grows by what was accepted, and by one token that was not drafted.
         """
         self._follow_grammars()
-        outputs, self._refused = self._refused, defaultdict(list)
+        outputs, self._unsent = self._unsent, defaultdict(list)
         if not self._scheduler.has_work():
             return outputs, None
         clock = StepClock()
@@ -248,7 +258,7 @@ class EngineCore:
         self._tell_error(request.client_id, request.client_request_id, reason, kind)
 
     def _tell_error(self, client_id: bytes, request_id: str, error: str, kind: ErrorKind = "invalid") -> None:
-        self._refused[client_id].append(
+        self._unsent[client_id].append(
             EngineOutput(request_id=request_id, finish_reason="error", error=error, error_kind=kind)
         )
 

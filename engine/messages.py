@@ -13,7 +13,7 @@ from typing import Literal
 
 import msgspec
 
-FinishReason = Literal["stop", "length", "error"]
+FinishReason = Literal["stop", "length", "error", "aborted"]
 ErrorKind = Literal["invalid", "overloaded", "internal"]
 
 

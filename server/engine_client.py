@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections import Counter, deque
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 
 import msgspec
 import structlog
@@ -103,6 +103,8 @@ class EngineClient:
         self._vocabulary = vocabulary
         self._refused_epoch: str | None = None
         self._inboxes: dict[str, _Inbox] = {}
+        self._aborted: dict[str, Callable[[bytes], None]] = {}
+        """Requests that were aborted and of which the engine has not said the last: who keeps what they learned."""
         self._arrived: deque[EngineOutput] = deque()
         self.last_message = 0.0
         self._encoder = msgspec.msgpack.Encoder()
@@ -141,11 +143,14 @@ class EngineClient:
             self._monitor.close()
             self._socket.close()
 
-    async def generate(self, requests: Sequence[EngineRequest]) -> AsyncGenerator[list[EngineOutput], None]:
+    async def generate(
+        self, requests: Sequence[EngineRequest], keep: Callable[[bytes], None] | None = None
+    ) -> AsyncGenerator[list[EngineOutput], None]:
         """Outputs of all ``requests`` as they come, until each has finished.
 
         Yields what has arrived since the last time, so a slow consumer gets several steps at once. Closing
-        the iterator aborts what has not finished. Raises ``EngineDead`` and ``Overloaded``, and
+        the iterator aborts what has not finished; ``keep`` is then called with what their sessions have learned, later,
+        when the engine has told it. Raises ``EngineDead`` and ``Overloaded``, and
         ``ApiError`` for more than this server ever takes.
         """
         if len(requests) > self._max_in_flight:
@@ -170,7 +175,10 @@ class EngineClient:
                 unfinished.difference_update(output.request_id for output in outputs if output.finish_reason)
                 yield outputs
         finally:
-            self._abort([request_id for request_id in unfinished if self._inboxes.pop(request_id, None)])
+            aborted = [request_id for request_id in unfinished if self._inboxes.pop(request_id, None)]
+            if keep is not None:
+                self._aborted.update(dict.fromkeys(aborted, keep))
+            self._abort(aborted)
 
     def _is_full(self, tenant: str, count: int) -> bool:
         """Whether ``count`` sequences more are too many; a tenant with less than an equal share may have them."""
@@ -248,8 +256,11 @@ class EngineClient:
         for _ in range(min(count, len(self._arrived))):
             output = self._arrived.popleft()
             inbox = self._inboxes.get(output.request_id)
-            if inbox is None:
-                continue  # aborted while the output was on its way
+            if inbox is None:  # aborted
+                keep = self._aborted.pop(output.request_id, None) if output.finish_reason else None
+                if keep is not None and output.session_snapshot is not None:
+                    keep(output.session_snapshot)
+                continue
             if output.finish_reason:
                 del self._inboxes[output.request_id]
             inbox.put(output)
@@ -290,6 +301,7 @@ class EngineClient:
         self.ready = False
         self._metrics.lost()
         self.end_requests(EngineDead(reason))
+        self._aborted.clear()
 
 
 def _has_input(socket: zmq.Socket[bytes]) -> bool:

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, TypeVar
 
 import msgspec
@@ -133,8 +134,9 @@ class Generation:
         if session is not None:
             state = session.state
             self._metrics = self._serving.metrics.for_tenant(self._tenant.name, session.state.domain)
+        keep = None if session is None else partial(self._serving.sessions.save_later, session)
         try:
-            async with aclosing(self._serving.engine.generate(self._requests(state))) as steps:
+            async with aclosing(self._serving.engine.generate(self._requests(state), keep)) as steps:
                 async for outputs in steps:
                     now = time.monotonic()
                     yield [self._to_piece(output, now) for output in outputs]

@@ -161,6 +161,10 @@ class SessionStore:
         if snapshots:
             await self._saves.run(self._save(session, snapshots))
 
+    def save_later(self, session: LoadedSession, snapshot: bytes) -> None:
+        """Keep what a sequence ended with whose request is gone; nobody waits for it."""
+        self._saves.start(self._save(session, [snapshot]))
+
     async def close(self) -> None:
         """Wait for saves whose callers were cancelled."""
         await self._saves.close()

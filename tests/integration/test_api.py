@@ -582,9 +582,10 @@ async def test_metrics_show_requests_and_the_engine(serve: Any, replies: Script)
 
 
 async def test_parts_that_are_switched_off_leave_the_server_healthy_but_degraded(serve: Any) -> None:
-    counters = dict.fromkeys(("num_waiting", "num_running", "blocks_used", "blocks_total"), 0)
-    counters |= dict.fromkeys(("prefix_query_tokens", "prefix_hit_tokens", "preemptions"), 0)
-    stats = EngineStats(**counters, faults={"draft": 3, "log": 1}, switched_off=["draft"], failed_steps=2)
+    stats = EngineStats(
+        num_waiting=0, num_running=0, blocks_used=0, blocks_total=8, prefix_query_tokens=0, prefix_hit_tokens=0,
+        preemptions=0, faults={"draft": 3, "log": 1}, switched_off=["draft"], failed_steps=2,
+    )  # fmt: skip
     async with serve(silent) as api:
         sound = (await api.client.get("/health")).json()
         for _ in range(2):

@@ -14,13 +14,22 @@ import zmq
 from safetensors.torch import load_file, save_file
 
 from evospec.engine.config import SpeculationConfig
-from evospec.engine.messages import EngineMessage, EngineOutput, EngineRequest, Grammar, Hello, SamplingParams
+from evospec.engine.draft_vocab.snapshot import decode
+from evospec.engine.messages import (
+    EngineMessage,
+    EngineOutput,
+    EngineRequest,
+    Grammar,
+    Hello,
+    SamplingParams,
+    SessionState,
+)
 from evospec.engine.models.verify import FileCheck
 from evospec.engine.process import EngineProcess
 from evospec.engine.sampling.choose import SamplingState
 from evospec.engine.verifier import Verifier
-from tests.tiny_drafts import CLIENT, Engine, Setting
-from tests.tiny_models import make_directory
+from tests.tiny_drafts import CLIENT, Engine, Setting, with_draft
+from tests.tiny_models import VOCAB_SIZE, make_directory
 
 PROMPT = list(range(2, 40))
 GREEDY = SamplingParams(max_tokens=20, seed=0, temperature=0.0, ignore_eos=True)
@@ -49,6 +58,23 @@ def test_a_client_that_goes_away_leaves_no_request_that_waits_for_its_grammar(en
     assert engine.core._grammars.waiting
     engine.core.abort_client(CLIENT)
     assert not engine.core._grammars.waiting
+
+
+def test_a_request_that_is_aborted_tells_what_its_session_has_learned(tmp_path: Path) -> None:
+    """A client that leaves in the middle of an answer has talked all the same."""
+    files = make_directory(tmp_path / "model", hidden_size=128, head_dim=32)
+    engine = Engine(files, Setting(), with_draft(files, tmp_path / "draft"))
+    with_output, without = (engine.add(PROMPT, GREEDY, session=SessionState()) for _ in range(2))
+    engine.abort(without)
+    for _ in range(5):
+        engine.step()
+    engine.abort(with_output)
+    output = engine.output(with_output)
+    engine.step()
+    assert list(engine.snapshots) == [with_output]
+    learned = decode(engine.snapshots[with_output], engine.core.introduction.vocabulary, VOCAB_SIZE)
+    assert learned.num_verified_tokens == len(output) > 0
+    assert engine.core.stats().vocabularies_used == engine.core.stats().blocks_used == 0
 
 
 def test_no_token_after_the_last_has_a_log_probability(tmp_path: Path) -> None:

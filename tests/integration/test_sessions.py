@@ -281,7 +281,7 @@ async def test_choices_of_a_request_are_merged(serve: Any) -> None:
         assert await sees(api, session_id) == {3, 4, 5}
 
 
-async def test_what_a_finished_choice_learned_is_kept_when_the_client_leaves(serve: Any) -> None:
+async def test_what_choices_have_learned_is_kept_when_the_client_leaves(serve: Any) -> None:
     async with serve(waiting) as api:
         session_id = await start(api)
         running = asyncio.create_task(api.post("/v1/completions", n=2, session_id=session_id))
@@ -291,6 +291,10 @@ async def test_what_a_finished_choice_learned_is_kept_when_the_client_leaves(ser
         await api.until_get("/metrics", lambda response: tokens in response.text)  # so the server has read that end
         running.cancel()
         await api.until(lambda: api.engine.aborted)
+        [unfinished] = api.engine.aborted
+        await api.engine.send(
+            EngineOutput(request_id=unfinished, finish_reason="aborted", session_snapshot=snapshot_of({4}))
+        )
         async with asyncio.timeout(20):
             while True:
                 count = len(api.engine.requests)
@@ -299,7 +303,7 @@ async def test_what_a_finished_choice_learned_is_kept_when_the_client_leaves(ser
                 request = api.engine.requests[-1]
                 await api.engine.send(end_of(request, set()))
                 await task
-                if tokens_of(request.session.snapshot) == {3}:
+                if tokens_of(request.session.snapshot) == {3, 4}:
                     break
 
 
