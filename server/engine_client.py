@@ -202,16 +202,25 @@ class EngineClient:
                 self._send(AbortRequests(request_ids))
 
     def _receive(self) -> None:
-        """Handle everything that has arrived."""
+        """Handle everything that has arrived: of what stays unread the descriptor does not tell again."""
         while not self._socket.closed and _has_input(self._socket):
-            message = self._decoder.decode(self._socket.recv(zmq.NOBLOCK))
+            payload = self._socket.recv(zmq.NOBLOCK)
             self.last_message = time.monotonic()
-            if isinstance(message, EngineReady):
-                self._on_ready(message)
-            elif self.info is not None and message.epoch == self.info.epoch:
-                self._on_outputs(message)
+            try:
+                message = self._decoder.decode(payload)
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:  # whose tokens were in it, nobody knows
+                log.error("undecodable message", num_bytes=len(payload), error=str(error))
+                self._lose_engine("A message of the engine cannot be read.")
             else:
-                self._lose_engine("The engine was restarted while it worked on the request.")
+                self._handle(message)
+
+    def _handle(self, message: EngineReady | EngineOutputs) -> None:
+        if isinstance(message, EngineReady):
+            self._on_ready(message)
+        elif self.info is not None and message.epoch == self.info.epoch:
+            self._on_outputs(message)
+        else:
+            self._lose_engine("The engine was restarted while it worked on the request.")
 
     def _on_ready(self, info: EngineReady) -> None:
         if info.vocabulary != self._vocabulary:
@@ -244,7 +253,10 @@ class EngineClient:
         self._arrived.extend(message.outputs)
         if was_empty:
             self._hand_out_some()
-        self._metrics.observe(message)
+        try:
+            self._metrics.observe(message)
+        except Exception:
+            log.exception("what the engine reports of itself cannot be shown")
 
     def _hand_out_some(self) -> None:
         self._hand_out(_AT_A_TIME)

@@ -53,6 +53,7 @@ _MOST_CONNECTIONS = 32_768
 _MOST_SCRAPERS = 64
 _STOP_GRACE = 5.0
 _POLL_INTERVAL = 0.05
+_METRICS_DELAY = 1.0
 
 
 def serve(settings: Settings, *, with_engine: bool) -> int:
@@ -152,7 +153,7 @@ class _Launcher:
             ws="none",
         )
         self._api = _ApiServer(config)
-        self._servers = self._api, _ApiServer(_metrics_config(app, http))
+        self._metrics: _ApiServer | None = None
         self.loop_factory = config.get_loop_factory()
         self._first_signal = asyncio.Event()
         self._second_signal = asyncio.Event()
@@ -160,11 +161,10 @@ class _Launcher:
     async def run(self) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self._on_signal, number)
-        servers = []
-        for event, server, listener in zip(("listening", "metrics"), self._servers, self._listeners, strict=False):
-            log.info(event, url=_local_url(listener))
-            servers.append(asyncio.create_task(server.serve(sockets=[listener])))
-        api = servers[0]
+        listener, *of_metrics = self._listeners
+        log.info("listening", url=_local_url(listener))
+        api = asyncio.create_task(self._api.serve(sockets=[listener]))
+        servers = [api, *(asyncio.create_task(self._serve_metrics(each)) for each in of_metrics)]
         running = asyncio.create_task(self._run_children())
         first_signal = asyncio.create_task(self._first_signal.wait())
         failure: ProcessFailed | None = None
@@ -184,6 +184,19 @@ class _Launcher:
         if failure is not None:
             log.error("giving up", reason=str(failure))
         return 1 if failure is not None or self._second_signal.is_set() else 0
+
+    async def _serve_metrics(self, listener: socket.socket) -> None:
+        """Serve metrics until the server ends. A fault there ends no request, and is logged."""
+        log.info("metrics", url=_local_url(listener))
+        while self._metrics is None or not self._metrics.should_exit:
+            self._metrics = _ApiServer(_metrics_config(self._app, self._http))
+            try:
+                await self._metrics.serve(sockets=[listener.dup()])  # which it closes
+            except Exception:
+                log.exception("the metrics listener has failed")
+            if not self._metrics.should_exit:
+                log.error("the metrics listener has ended, and starts again", seconds=_METRICS_DELAY)
+                await asyncio.sleep(_METRICS_DELAY)
 
     def _on_signal(self, number: signal.Signals) -> None:
         if self._first_signal.is_set():
@@ -228,8 +241,9 @@ class _Launcher:
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
         await asyncio.gather(*(child.stop(0 if at_once else _STOP_GRACE) for child in self._children))
-        for server in self._servers:
-            server.should_exit = True
+        self._api.should_exit = True
+        if self._metrics is not None:
+            self._metrics.should_exit = True
         self._api.force_exit = at_once
         await asyncio.gather(*servers, return_exceptions=True)
         log.info("stopped", unfinished_requests=unfinished)

@@ -15,6 +15,7 @@ from structlog.testing import capture_logs
 from evospec.engine.messages import EngineOutput, EngineRequest, EngineStats, StepTimings, TokenLogprob
 from evospec.engine.text.tokenizer import Tokenizer
 from evospec.server import sse
+from evospec.server.engine_metrics import EngineMetrics
 from evospec.server.tenants import hash_key
 from tests.integration.running_api import CHAT, TEXT
 from tests.integration.scripted_engine import Script, ScriptedEngine
@@ -579,6 +580,30 @@ async def test_metrics_show_requests_and_the_engine(serve: Any, replies: Script)
     ]
     lines = text.splitlines()
     assert [line for line in expected if line not in lines] == []
+
+
+async def test_a_message_that_cannot_be_read_ends_requests_and_hides_no_later_one(serve: Any, replies: Script) -> None:
+    """Nobody knows whose tokens were in it: an answer without them would be wrong."""
+    async with serve(silent) as api:
+        running = asyncio.create_task(api.post("/v1/completions"))
+        await api.until(lambda: api.engine.requests)
+        await api.engine._socket.send_multipart([api.engine._peer, b"\xc1"])
+        ended = await running
+        api.engine._script = replies
+        await api.until_health(200)
+        answered = await api.post("/v1/completions")
+    assert (ended.status_code, ended.json()["error"]["code"]) == (503, "engine_unavailable")
+    assert answered.status_code == 200
+
+
+async def test_answers_do_not_depend_on_metrics(serve: Any, replies: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ValueError("injected")
+
+    async with serve(replies) as api:
+        monkeypatch.setattr(EngineMetrics, "observe", fail)
+        answers = [await api.post("/v1/completions") for _ in range(3)]
+    assert [answer.status_code for answer in answers] == [200] * 3
 
 
 async def test_parts_that_are_switched_off_leave_the_server_healthy_but_degraded(serve: Any) -> None:
