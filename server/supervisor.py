@@ -25,6 +25,7 @@ HANGS = Counter("evospec:process_hangs", "Child processes killed because they we
 _FIRST_DELAY = 0.5
 _LONGEST_DELAY = 30.0
 _HEALTHY_AFTER = 60.0
+_STARTS = 4
 _PR_SET_PDEATHSIG = 1
 
 
@@ -38,7 +39,8 @@ class SupervisedProcess:
     ``wait_ready`` returns when the process serves. None: nobody waits for that, and ``keep_alive`` starts it, once
     ``wait_before`` returns.
     ``last_sign``: when it last gave a sign of life (``time.monotonic``). It counts as hanging after ``timeout`` seconds
-    of silence that follow its first sign; how long it takes to start is its own affair.
+    of silence. Its first start may take as long as it needs, to fetch and compile; once that has been done, a start may
+    take ``_STARTS`` times as long as a silence.
     ``fatal``: exit codes after which it is not started again, with the reason.
 
     The child has its own session, so Ctrl-C in a terminal reaches the parent only, which then decides.
@@ -157,7 +159,8 @@ class SupervisedProcess:
         looks = 0
         while looks < 2:
             await asyncio.sleep(self._timeout / 8)
-            hangs = last_sign() > self._started and time.monotonic() - last_sign() > self._timeout
+            is_started, silence = last_sign() > self._started, time.monotonic() - max(last_sign(), self._started)
+            hangs = silence > self._timeout * (1 if is_started else _STARTS)
             looks = looks + 1 if hangs else 0
 
     async def stop(self, grace: float) -> None:

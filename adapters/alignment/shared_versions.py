@@ -24,6 +24,7 @@ Unshared = Literal["version", "frozen", "reset"]
 """What other servers of a key are to be told: which version is in force, whether it is frozen, to forget it."""
 _TIMEOUT = 2.0
 _KEPT_SECONDS = 30 * 24 * 3600
+_MOST_LEASES = 4096
 
 
 class SharedKey(NamedTuple):
@@ -63,14 +64,17 @@ class SharedVersions:
         self._redis = connect(url, _TIMEOUT)
         self._layout, self._lease_seconds = layout, lease_seconds
         self._leases: dict[str, Lock] = {}
+        """By key, the one asked for longest ago first. A lease that is left out here ends by itself."""
 
     def leads(self, key: str) -> bool:
         """Whether this server is the one that learns a key: it stays so while it asks more often than a lease lasts."""
         try:
-            if key not in self._leases:
-                name = f"{self._name(key)}:learner"
-                self._leases[key] = Lock(self._redis, name, self._lease_seconds, thread_local=False)
-            lease = self._leases[key]
+            lease = self._leases.pop(key, None)
+            if lease is None:
+                lease = Lock(self._redis, f"{self._name(key)}:learner", self._lease_seconds, thread_local=False)
+            self._leases[key] = lease
+            if len(self._leases) > _MOST_LEASES:
+                del self._leases[next(iter(self._leases))]
             try:
                 return bool(lease.reacquire())
             except LockError:  # it was never this server's, or is no longer

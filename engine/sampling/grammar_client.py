@@ -110,6 +110,8 @@ class GrammarProcess:
         """Numbers that no ask has had."""
         self._num_unanswered = 0
         self._pid: int | None = None
+        self._pidfd: int | None = None
+        """Stands for the process also once its id belongs to another."""
         self._waits_since: float | None = None
         """Since when it computes what is waited for; None: it does not, or has a low priority already."""
         self._buffer = memoryview(bytearray(MAX_MESSAGE_BYTES))
@@ -194,13 +196,17 @@ class GrammarProcess:
         if self.error is None and self._pid is None:
             self._hear_last()
         if self.error is None and self._pid is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self._pid, signal.SIGKILL)
+            self._send_kill()
         self._fail(GRAMMAR_SPENT)
+
+    def _send_kill(self) -> None:
+        if self._pidfd is not None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     def _hear_last(self) -> None:
         """Take its first message, if it has come; if not, the process ends when it cannot send it."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, msgspec.DecodeError):
             self._channel.shutdown(socket.SHUT_RD)
             if num_bytes := self._channel.recv_into(self._buffer):
                 self._handle(self._decoder.decode(self._buffer[:num_bytes]))
@@ -209,6 +215,8 @@ class GrammarProcess:
         match message:
             case Started():
                 self._pid, self._waits_since = message.pid, time.monotonic()
+                with contextlib.suppress(ProcessLookupError):  # it has ended, which its socket tells
+                    self._pidfd = os.pidfd_open(message.pid)
             case Compiled():
                 self.is_compiled, self.is_refused = message.error is None, message.error is not None
                 self._waits_since, self.num_bytes, self.is_cheap = None, message.num_bytes, message.is_cheap
@@ -240,5 +248,8 @@ class GrammarProcess:
     def _fail(self, reason: str) -> None:
         self.error = self.error or reason
         self._channel.close()
+        if self._pidfd is not None:
+            os.close(self._pidfd)
+            self._pidfd = None
         for cursor in self.cursors.values():
             cursor.failure = cursor.failure or reason

@@ -533,6 +533,22 @@ def test_a_grammar_that_the_engine_cannot_enforce_goes_to_a_process(
     assert isinstance(begin(pool, with_grammar(schema({"type": "integer"}))), ProcessCursor)
 
 
+def test_a_process_is_killed_and_no_other_that_has_got_its_id(
+    pool: GrammarPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge(monkeypatch, is_cheap=False)
+    cursor = begin(pool, with_grammar(schema({"type": "integer"})))
+    assert isinstance(cursor, ProcessCursor)
+    assert cursor._process._pid is not None
+    process = psutil.Process(cursor._process._pid)
+    with subprocess.Popen(["sleep", "60"]) as stranger:
+        cursor._process._pid = stranger.pid
+        cursor._process.kill()
+        process.wait(20)
+        assert stranger.poll() is None
+        stranger.kill()
+
+
 def test_a_process_that_cannot_be_understood_ends_alone(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     pool = GrammarPool(tokenizer, num_slots=2)
     judge(monkeypatch, is_cheap=False)

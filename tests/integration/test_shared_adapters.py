@@ -231,6 +231,17 @@ def test_a_lease_ends_when_nobody_asks_for_it(valkey_url: str, layout: WeightLay
     assert not first.leads("t")
 
 
+def test_leases_that_are_not_asked_for_are_left_out(
+    valkey_url: str, layout: WeightLayout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else there would be one for each tenant that ever was."""
+    monkeypatch.setattr(shared_versions, "_MOST_LEASES", 2)
+    Redis.from_url(valkey_url).flushall()
+    shared = SharedVersions(valkey_url, layout)
+    assert all(shared.leads(key) for key in ("a", "b", "a", "c", "a"))
+    assert list(shared._leases) == ["c", "a"]
+
+
 async def test_a_learner_that_is_cut_off_leads_no_more(
     valkey_url: str, layout: WeightLayout, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -52,3 +52,13 @@ time.sleep(600)
     compiler = psutil.Process(int(started.read_text()))
     await child.stop(0)
     compiler.wait(timeout=60)
+
+
+async def test_a_child_that_hangs_while_it_starts_again_is_killed() -> None:
+    """It never gives a sign: the last one was of the child before it."""
+    program = [sys.executable, "-c", "import time; time.sleep(600)"]
+    before = time.monotonic()
+    child = SupervisedProcess("child", program, os.environ, None, last_sign=lambda: before, timeout=0.1)
+    async with asyncio.timeout(60):
+        await child._start_again(0)
+        assert await child._wait() == -signal.SIGKILL
