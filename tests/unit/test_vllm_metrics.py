@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -24,8 +23,11 @@ def rendered() -> str:
         own.finished["stop"].inc()
         own.observe("prompt_tokens", 10)
         own.observe("most_generation_tokens", 5)
-    stats: dict[str, Any] = dict.fromkeys(EngineStats.__struct_fields__, 0) | {"blocks_used": 1, "blocks_total": 4}
-    metrics.engine._observe_stats(EngineStats(**stats | {"num_running": 2, "waiting_by_tenant": {}, "alignment": None}))
+    stats = EngineStats(
+        num_waiting=0, num_running=2, blocks_used=1, blocks_total=4, prefix_query_tokens=0, prefix_hit_tokens=0,
+        preemptions=0,
+    )  # fmt: skip
+    metrics.engine._observe_stats(stats)
     return metrics.render().decode()
 
 
