@@ -25,6 +25,7 @@ import pydantic
 import pytest
 import tokenizers
 import torch
+from evospec.engine.step_plan import DraftSlot
 
 from benchmarks.attack.compiling import SLOW
 from evospec.engine.config import ModelConfig, SpeculationConfig
@@ -42,7 +43,6 @@ from evospec.engine.sampling.grammar_pool import GrammarPool
 from evospec.engine.sampling.json_schema import GrammarError, check_json_schema
 from evospec.engine.sampling.sampler import Sampler, SamplingRows
 from evospec.engine.speculation.drafters.base import DraftCosts, Proposer
-from evospec.engine.step_plan import DraftSlot
 from evospec.engine.text.tokenizer import Tokenizer
 from evospec.engine.truncation import StopChecker
 from evospec.kernels.native_chain import StopRule
@@ -537,7 +537,7 @@ def test_a_process_is_killed_and_no_other_that_has_got_its_id(
     pool: GrammarPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     judge(monkeypatch, is_cheap=False)
-    cursor = begin(pool, with_grammar(schema({"type": "integer"})))
+    cursor = begin(pool, with_grammar(schema({"type": "integer"}), tenant="killed"))
     assert isinstance(cursor, ProcessCursor)
     assert cursor._process._pid is not None
     process = psutil.Process(cursor._process._pid)
