@@ -34,7 +34,7 @@ from evospec.engine.config import CacheConfig, EngineConfig, SpeculationConfig
 from evospec.engine.messages import SamplingParams
 from evospec.engine.model_runner import ModelRunner
 from evospec.engine.request import Request
-from evospec.engine.step_plan import ScheduledSequence
+from evospec.engine.step import ScheduledSequence
 
 CHUNK = 512
 FIRST = CHUNK // 2

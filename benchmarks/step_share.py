@@ -38,7 +38,7 @@ from evospec.engine.speculation.drafters.base import Draft
 from evospec.engine.speculation.drafters.draft_model import DraftModel
 from evospec.engine.speculation.drafters.eagle import EagleDraft
 from evospec.engine.speculation.drafters.head import DraftHead
-from evospec.engine.step_plan import DraftSlot, ScheduledSequence
+from evospec.engine.step import Batch, DraftSlot, ScheduledSequence, Step, Verification
 from evospec.engine.text.tokenizer import Tokenizer
 
 ROWS = (0, 32768, 8192, 2048)
@@ -146,11 +146,11 @@ class Bench:
     def _step(self) -> None:
         """Draft, verify, and append the target's own next token."""
         started = time.perf_counter()
-        self._proposer.propose([DraftSlot(request, CHAIN, blocks) for request, blocks in self._sequences])
+        proposals = self._proposer.propose([DraftSlot(request, CHAIN, blocks) for request, blocks in self._sequences])
         self._propose_seconds += time.perf_counter() - started
         steps = []
         for request, blocks in self._sequences:
-            drafts = request.draft_token_ids
+            drafts = proposals[request].token_ids
             tokens = [request.all_token_ids[-1], *drafts]
             steps.append(
                 ScheduledSequence(request, request.num_computed_tokens, tokens, len(drafts), 0, len(tokens), blocks)
@@ -160,7 +160,8 @@ class Bench:
     def _verify(self, steps: Sequence[ScheduledSequence]) -> None:
         logits, features = self._runner.execute(steps, self._proposer.capture_layers)
         started = time.perf_counter()
-        self._proposer.after_verification(steps, [1] * len(steps), features)
+        verified = [Verification(step, 0) for step in steps]
+        self._proposer.learn(Step(Batch([*steps], 0, 0, []), verified, logits, features))
         self._observe_seconds += time.perf_counter() - started
         end = 0
         for step in steps:
@@ -171,7 +172,6 @@ class Bench:
             request.num_computed_tokens = position
             request.all_token_ids.append(token)
             request.output_token_ids.append(token)
-            request.draft_token_ids = []
 
 
 def bounded(items: Iterable[_Item], seconds: float, clock: Callable[[], float] = time.monotonic) -> Iterator[_Item]:

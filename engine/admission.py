@@ -167,7 +167,6 @@ class Admission:
         self.running.remove(request)
         self._kv.free(request)
         request.num_computed_tokens = 0
-        request.draft_token_ids = []
         request.num_preemptions += 1
         self.num_preemptions += 1
         self.waiting.append_preempted(request)

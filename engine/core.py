@@ -1,4 +1,4 @@
-"""The step loop of the engine: plan → draft → verify → learn → emit."""
+"""The step loop of the engine: plan → propose → fill → execute → verify → learn → emit."""
 
 from __future__ import annotations
 
@@ -13,9 +13,19 @@ from msgspec.structs import replace
 from evospec.engine.config import EngineConfig
 from evospec.engine.gpu_memory import gpu_reserve
 from evospec.engine.loader import LoadedModel
-from evospec.engine.messages import EngineOutput, EngineReady, EngineRequest, EngineStats, ErrorKind, StepTimings
+from evospec.engine.messages import (
+    EngineOutput,
+    EngineReady,
+    EngineRequest,
+    EngineStats,
+    ErrorKind,
+    StepTimings,
+    TokenLogprob,
+    TokenSource,
+)
 from evospec.engine.model_runner import ModelRunner
 from evospec.engine.models.config import ModelFiles, ModelSpec
+from evospec.engine.optional_parts import OptionalParts
 from evospec.engine.prompt_embeddings import take_embedding
 from evospec.engine.request import Arrivals, Request, engine_request_id
 from evospec.engine.sampling.constrained import ConstrainedRequests
@@ -23,16 +33,12 @@ from evospec.engine.sampling.gpu_choices import GpuChoices
 from evospec.engine.sampling.grammar_pool import GrammarPool
 from evospec.engine.sampling.sampler import SampledSequence
 from evospec.engine.scheduler import QueueFull, RequestTooLong, Scheduler
-from evospec.engine.speculation.build import load_draft, make_speculator
+from evospec.engine.speculation.build import load_draft, make_speculation
 from evospec.engine.speculation.drafters.base import Draft
-from evospec.engine.speculation.drafters.lookup import are_predicted
-from evospec.engine.speculation.length.costs import StepCosts
-from evospec.engine.speculation.speculator import Speculator
-from evospec.engine.step_plan import SchedulerOutput, StepClock
+from evospec.engine.step import Batch, Decodes, DraftSlot, Proposals, Step, StepClock, Verification
 from evospec.engine.tensor_parallel.processes import load_target
 from evospec.engine.text.tokenizer import Tokenizer
 from evospec.engine.truncation import Truncation
-from evospec.engine.verification import Verification
 from evospec.engine.verifier import Verifier
 
 log = structlog.get_logger(__name__)
@@ -70,12 +76,10 @@ class EngineCore:
         if loaded.device.type == "cuda":
             reserved = sum(gpu_reserve(config, spec, loaded.dtype.itemsize, draft is not None))
         self._runner = ModelRunner(loaded, config.cache, draft.costs.bytes_per_block if draft else 0, reserved)
-        self._speculator: Speculator | None = None
-        self.step_costs: StepCosts | None = None
-        """None without drafts, or where their lengths are fixed."""
-        if draft is not None:
-            self._speculator, self.step_costs = make_speculator(config, draft, self._runner, loaded.max_model_len)
-        self._capture = self._speculator.capture_layers if self._speculator is not None else ()
+        self._parts = OptionalParts()
+        speculation = make_speculation(config, draft, self._runner, loaded.max_model_len, self._parts)
+        self._drafter, self._learners = speculation.drafter, speculation.learners
+        self._capture, self.step_costs = speculation.capture_layers, speculation.costs
         # What a draft keeps lies in the target's blocks, and it may read all of it, or write to it later.
         window = spec.window if draft is None or not draft.costs.bytes_per_block else None
         sizes = self._runner.num_blocks, loaded.max_model_len
@@ -87,7 +91,7 @@ class EngineCore:
         if loaded.device.type == "cuda":
             on_gpu = GpuChoices(self._runner.vocab_size, loaded.device, has_graphs=loaded.cuda_graphs)
         self._verifier = Verifier(tokenizer, loaded.max_model_len, loaded.team, on_gpu)
-        self._arrivals = Arrivals(spec.vocab_size)
+        self._arrivals, self._vocab_size = Arrivals(spec.vocab_size), spec.vocab_size
         self._unsent: Outputs = defaultdict(list)
         self._num_nonfinite = self._num_failed_steps = self._num_failed_in_a_row = 0
         self._outlives_faults = loaded.device.type == "cpu" and config.runtime.tensor_parallel_size == 1
@@ -152,11 +156,10 @@ class EngineCore:
         for request_id in request_ids:
             engine_id = engine_request_id(client_id, request_id)
             request = self._scheduler.abort(engine_id)
-            snapshot = None
-            if request is not None and request.output_token_ids and self._speculator is not None:
-                snapshot, _ = self._speculator.finish(request)
+            output = EngineOutput(request_id=request_id, finish_reason="aborted")
+            if request is not None and request.output_token_ids:
+                output = self._with_learned(request, output)
             self._forget(engine_id, request)
-            output = EngineOutput(request_id=request_id, finish_reason="aborted", session_snapshot=snapshot)
             self._unsent[client_id].append(output)
 
     def patience(self) -> float:
@@ -168,53 +171,98 @@ class EngineCore:
         return _COMPILING_PATIENCE if self._grammars.waiting else _IDLE_PATIENCE
 
     def stats(self) -> EngineStats:
-        failed = {"nonfinite_sequences": self._num_nonfinite, "failed_steps": self._num_failed_steps}
-        stats = replace(self._scheduler.stats(), **failed)
-        return self._speculator.add_stats(stats) if self._speculator else stats
+        stats = self._scheduler.stats()
+        for learner in self._learners:
+            stats = self._parts.call(learner.part, stats, learner.add_stats, stats)
+        return replace(
+            stats,
+            nonfinite_sequences=self._num_nonfinite,
+            failed_steps=self._num_failed_steps,
+            faults=self._parts.faults,
+            switched_off=self._parts.switched_off,
+        )
 
     @torch.inference_mode()
     def step(self) -> tuple[Outputs, StepTimings | None]:
         """One step for all requests that fit in it; no timings where there was nothing to compute.
 
-        Plan: the scheduler chooses what is computed, and reserves room for drafts. Draft: tokens are proposed for the
-        sequences that decode. Verify: the target computes all of it and chooses its own tokens; a draft token is
-        accepted if it is the one that the target chooses. Learn: drafts follow what was computed and chosen. Emit: the
-        output grows by what was accepted, and by one token that was not drafted.
+        Plan: the scheduler says who decodes, the drafter how many tokens are worth drafting, and the scheduler gives
+        them room. Propose: tokens are drafted. Fill: the rest of the step goes to prompts. Execute: the target computes
+        all of it. Verify: it chooses its own tokens; a draft token is accepted if it is the one that the target
+        chooses. Learn: learners follow. Emit: the output grows by what was accepted, and by one token that was not
+        drafted.
         """
         self._follow_grammars()
         outputs, self._unsent = self._unsent, defaultdict(list)
         if not self._scheduler.has_work():
             return outputs, None
         clock = StepClock()
-        decodes, slots = self._scheduler.reserve(self._speculator)
+        decodes = self._scheduler.begin_step()
         clock.lap("schedule")
-        if self._speculator is not None:
-            self._speculator.draft(slots)
-        clock.lap("draft")
-        plan = self._plan(decodes)
+        lengths = self._lengths(decodes)
+        clock.lap("lengths")
+        slots = self._scheduler.plan(decodes, lengths)
+        clock.lap("schedule")
+        proposals = self._proposals(slots)
+        clock.lap("propose")
+        batch = self._scheduler.fill(slots, proposals)
+        self._prepare(batch)
         clock.lap("schedule")
         if self._is_stalled:
             return outputs, None
         try:
-            logits, features = self._runner.execute(plan.sequences, self._capture)
+            logits, features = self._runner.execute(batch.sequences, self._capture)
             clock.lap("forward")
-            self._constrained.wait(plan.sequences)
-            verified = self._verifier.verify(plan.sequences, logits)
+            self._constrained.wait(batch.sequences)
+            verified = self._verifier.verify(batch.sequences, logits)
             clock.lap("sample")
         except Exception:
-            self._fail(plan)
+            self._fail(batch)
             return outputs, None
         self._num_failed_in_a_row = 0
-        vocabulary = self._speculator.learn(verified, logits, features) if self._speculator is not None else 0.0
-        clock.lap("draft")
+        step = Step(batch, verified, logits, features)
+        for learner in self._learners:
+            self._parts.call(learner.part, None, learner.learn, step)
+            clock.lap(learner.part)
         self._emit(verified, outputs)
         clock.lap("commit")
-        self._scheduler.record_seconds(plan, clock.seconds)
-        if self._speculator is not None:
-            self._speculator.record_step(plan, clock.seconds, clock.seconds_without("draft"))
-        return outputs, clock.timings(plan, vocabulary)
+        self._scheduler.record_seconds(batch, clock.seconds)
+        for learner in self._learners:
+            self._parts.call(learner.part, None, learner.measured, step, clock)
+        return outputs, clock.timings(batch)
 
-    def _fail(self, plan: SchedulerOutput) -> None:
+    def _lengths(self, decodes: Decodes) -> list[int]:
+        """How many tokens to draft for each sequence that decodes; none where that cannot be said."""
+        none = [0] * len(decodes.requests)
+        lengths = self._parts.call("draft", none, self._drafter.lengths, decodes) if none else none
+        return lengths if len(lengths) == len(none) else none
+
+    def _proposals(self, slots: list[DraftSlot]) -> Proposals:
+        """Draft tokens that the target can compute, and that grammars allow; none where drafting fails."""
+        if not slots:
+            return {}
+        return self._parts.call("draft", {}, self._checked_proposals, slots)
+
+    def _checked_proposals(self, slots: list[DraftSlot]) -> Proposals:
+        proposals = self._drafter.propose(slots)
+        room = {slot.request: slot.num_tokens for slot in slots}
+        for request, proposal in proposals.items():
+            drafts = proposal.token_ids
+            if drafts and (len(drafts) > room[request] or not 0 <= min(drafts) <= max(drafts) < self._vocab_size):
+                raise ValueError(f"{len(drafts)} draft tokens where {room[request]} fit, or ids that no token has")
+            if request.grammar is not None:  # the masks that tell are needed anyway
+                proposal.token_ids = request.grammar.allowed(drafts)
+        return proposals
+
+    def _prepare(self, batch: Batch) -> None:
+        """Ask for the masks of grammars, and tell learners who is not in the step after all."""
+        self._is_stalled = not batch.sequences
+        self._constrained.ask(batch.sequences)
+        for request in batch.preempted:
+            for learner in self._learners:
+                self._parts.clean_up(learner.part, learner.preempt, request)
+
+    def _fail(self, batch: Batch) -> None:
         """The target's pass over this step has raised: its requests end, and the others go on.
 
         Raises again where the engine's state may not be sound, and where step after step fails: it is to be restarted.
@@ -223,19 +271,9 @@ class EngineCore:
         if not self._outlives_faults or self._num_failed_in_a_row == _MOST_FAILED_STEPS:
             raise
         self._num_failed_steps += 1
-        log.exception("a step has failed", sequences=len(plan.sequences), tokens=plan.num_tokens)
-        for sequence in plan.sequences:
+        log.exception("a step has failed", sequences=len(batch.sequences), tokens=batch.num_tokens)
+        for sequence in batch.sequences:
             self._end(sequence.request, _FAILED_STEP, "internal")
-
-    def _plan(self, decodes: dict[Request, int]) -> SchedulerOutput:
-        """The rest of the step; masks of grammars are asked for."""
-        plan = self._scheduler.schedule(decodes)
-        self._is_stalled = not plan.sequences
-        self._constrained.ask()
-        if self._speculator is not None:
-            for request in plan.preempted:
-                self._speculator.preempted(request)
-        return plan
 
     def _enqueue(self, request: Request) -> None:
         for other in self._scheduler.in_the_way_of(request):
@@ -243,6 +281,8 @@ class EngineCore:
         try:
             self._scheduler.add(request)
             self._verifier.add(request)
+            for learner in self._learners:
+                self._parts.call(learner.part, None, learner.begin, request)
         except QueueFull as error:
             self._end(request, str(error), "overloaded")
         except RequestTooLong as error:
@@ -284,11 +324,11 @@ class EngineCore:
     def _commit(self, one: Verification, choice: SampledSequence, truncation: Truncation) -> EngineOutput:
         request, kept = one.sequence.request, one.kept
         finish_reason = truncation.finish_reason or (None if choice.is_finite else "error")
-        is_first, copied = not request.output_token_ids, one.source == "lookup"
+        is_first, proposal = not request.output_token_ids, one.sequence.proposal
         self._scheduler.commit(one.sequence, kept, finished=finish_reason is not None)
         logprobs = None if choice.logprobs is None else choice.logprobs[: truncation.num_kept]
-        if logprobs is not None and self._speculator is not None:
-            logprobs = self._speculator.with_sources(one, logprobs)
+        if logprobs is not None:
+            logprobs = self._parts.call("vocabulary", logprobs, self._with_sources, one, logprobs)
         # What few outputs have comes later: a call with more than 15 names takes several times as long.
         output = EngineOutput(
             request_id=request.client_request_id,
@@ -300,9 +340,9 @@ class EngineCore:
             num_cached_tokens=request.num_cached_tokens,
             num_draft_tokens=one.sequence.num_draft_tokens,
             num_accepted_tokens=one.num_accepted,
-            draft_version=request.draft_state.adapter.version,
-            copied=copied,
-            num_predicted_tokens=sum(are_predicted(one)) if copied else 0,
+            draft_version=proposal.version,
+            copied=one.source == "lookup",
+            num_predicted_tokens=one.num_predicted,
         )
         if is_first:
             prompt_logprobs, request.prompt_logprobs = request.prompt_logprobs, None
@@ -320,14 +360,31 @@ class EngineCore:
             self._num_nonfinite += 1
             log.error("logits are not finite", request=request.request_id, num_tokens=request.num_tokens)
             output = replace(output, error=_NOT_FINITE)
-        if self._speculator is not None:
-            snapshot, counts = self._speculator.finish(request)
-            output = replace(output, session_snapshot=snapshot, vocabulary=counts)
+        output = self._with_learned(request, output)
         self._forget(request.request_id, request)
         return output
 
     def _forget(self, engine_id: str, request: Request | None) -> None:
         """``request``: None for one that has not begun, or has ended."""
         self._constrained.forget(engine_id)
-        if self._speculator is not None and request is not None:
-            self._speculator.forget(request)
+        if request is not None:
+            for learner in self._learners:
+                self._parts.clean_up(learner.part, learner.end, request)
+
+    def _with_learned(self, request: Request, output: EngineOutput) -> EngineOutput:
+        """A request's last output, with what its session keeps."""
+        for learner in self._learners:
+            output = self._parts.call(learner.part, output, learner.finish, request, output)
+        return output
+
+    def _with_sources(self, one: Verification, entries: list[TokenLogprob]) -> list[TokenLogprob]:
+        """The log-probabilities of a step's tokens, with who proposed each that was accepted."""
+        if one.source == "lookup":
+            predicted = one.sequence.proposal.predicted or [False] * one.num_accepted
+            sources: list[TokenSource] = [
+                "prediction" if is_so else "copied" for is_so in predicted[: one.num_accepted]
+            ]
+        else:
+            sources = [self._drafter.source(token_id) for token_id in one.kept[: one.num_accepted]]
+        named = [replace(entry, source=source) for entry, source in zip(entries, sources, strict=False)]
+        return named + entries[len(named) :]

@@ -20,8 +20,8 @@ from evospec.engine.models.config import ModelError
 from evospec.engine.prompt_embeddings import collect_embeddings
 from evospec.engine.request import Request
 from evospec.engine.sampling.choose import takes_largest_logit
+from evospec.engine.step import ScheduledSequence
 from evospec.engine.step_graphs import StepGraphs
-from evospec.engine.step_plan import ScheduledSequence
 from evospec.kernels.screened_head import MOST_ROWS
 
 _CPU = torch.device("cpu")

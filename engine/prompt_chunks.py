@@ -28,12 +28,11 @@ class StepTime:
         return int(seconds * self._tokens / self._seconds) if self._seconds > 0.0 else None
 
 
-def prompt_rows_left(plan: Mapping[Request, int], most_extra_rows: int) -> int:
+def prompt_rows_left(plan: Mapping[Request, int], num_drafts: int, most_extra_rows: int) -> int:
     """Rows of logits of prompts that a step may compute beside its plan, which has so many tokens of each request.
 
-    ``most_extra_rows``: of prompts and drafts.
+    ``num_drafts``: how many of these are drafts. ``most_extra_rows``: of prompts and drafts.
     """
-    num_drafts = sum(len(request.draft_token_ids) for request in plan)
     num_planned = sum(number for request, number in plan.items() if request.wants_prompt_logits)
     return min(MOST_PROMPT_ROWS, most_extra_rows - num_drafts) - num_planned
 

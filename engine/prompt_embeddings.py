@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from evospec.engine.request import Request
-from evospec.engine.step_plan import ScheduledSequence
+from evospec.engine.step import ScheduledSequence
 
 
 def collect_embeddings(sequences: Sequence[ScheduledSequence], hidden: torch.Tensor) -> None:

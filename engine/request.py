@@ -11,8 +11,7 @@ from weakref import WeakValueDictionary
 
 import msgspec
 
-from evospec.engine.draft_state import DraftState
-from evospec.engine.messages import EngineRequest, SamplingParams
+from evospec.engine.messages import EngineRequest, SamplingParams, SessionState
 
 if TYPE_CHECKING:
     import torch
@@ -26,8 +25,8 @@ if TYPE_CHECKING:
 class Request:
     """One sequence from arrival to its last token; ``ValueError`` for an empty prompt.
 
-    ``draft_token_ids`` are written by whoever drafts, between ``Scheduler.reserve`` and ``Scheduler.schedule``, and
-    ``is_stalled`` by the engine, between steps. Where no other is named, scheduler and KV cache manager write.
+    Where no other is named, scheduler and KV cache manager write. Nothing here belongs to drafting or learning: those
+    keep what they know of a sequence themselves.
     """
 
     request_id: str
@@ -47,8 +46,10 @@ class Request:
     """Whether nobody waits for it: it ends as soon as a request that is not synthetic comes."""
     grammar: GrammarCursor | None = None
     """Where its output stands in the grammar of its parameters."""
-    draft_state: DraftState = field(default_factory=DraftState)
-    """Speculation's; nobody else looks into it."""
+    session: SessionState | None = None
+    """What its session brings along."""
+    prediction: Sequence[int] = ()
+    """Tokens that the client takes the output to be."""
     stop_checker: StopChecker = field(init=False, repr=False)
     """By the verifier, before it is scheduled: where its output ends."""
     sampling_state: SamplingState | None = None
@@ -62,8 +63,6 @@ class Request:
     """Committed."""
     all_token_ids: list[int] = field(default_factory=list)
     """Prompt and output. Until it is admitted it may be the prompt's own list; empty: a new one is made at once."""
-    draft_token_ids: list[int] = field(default_factory=list)
-    """Proposed for the step being planned or computed; emptied by its commit."""
     num_computed_tokens: int = 0
     """How many of ``all_token_ids`` have their KV in the cache."""
     num_cached_tokens: int = 0
@@ -77,7 +76,7 @@ class Request:
     """Output tokens when it was admitted last."""
     num_preemptions: int = 0
     is_stalled: bool = False
-    """Whether what its grammar allows next is not known yet: until it is, the sequence computes nothing."""
+    """By the engine, between steps: while what its grammar allows next is not known, the sequence computes nothing."""
     block_ids: array[int] = field(default_factory=lambda: array("i"))
     """Its KV blocks, int32 in order of position. Others may have those given back."""
     num_registered_blocks: int = 0
@@ -131,8 +130,8 @@ class Arrivals:
             prompt, hashes = last.prompt_token_ids, last.prompt_hashes
         else:
             self._check("prompt", prompt)
-        if last is not None and prediction == last.draft_state.prediction:
-            prediction = last.draft_state.prediction
+        if last is not None and prediction == last.prediction:
+            prediction = last.prediction
         else:
             self._check("prediction", prediction)
         if last is not None and sampling.grammar is not None and sampling.grammar == last.sampling.grammar:
@@ -149,7 +148,8 @@ class Arrivals:
             domain=message.session.domain or None if message.session else None,
             learn=message.learn,
             is_synthetic=message.is_synthetic,
-            draft_state=DraftState(past=message.session, prediction=prediction),
+            session=message.session,
+            prediction=prediction,
         )
         self._last[message.tenant] = request
         return request

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Sequence
+
 from evospec.engine.admission import PROMPT_TOKEN_SERVICE, Admission
 from evospec.engine.config import CacheConfig, SchedulerConfig
 from evospec.engine.kv_cache_manager import KVCacheManager
 from evospec.engine.messages import EngineStats
 from evospec.engine.prompt_chunks import StepTime, prompt_rows_left, share_out
 from evospec.engine.request import Request
-from evospec.engine.step_plan import DraftLengths, DraftSlot, ScheduledSequence, SchedulerOutput
+from evospec.engine.step import NOTHING, Batch, Decodes, DraftSlot, Proposals, ScheduledSequence
 
 OUTPUT_TOKEN_SERVICE = 2 * PROMPT_TOKEN_SERVICE
 LEAST_CHUNK = 32
@@ -35,8 +37,8 @@ class Scheduler:
     ``window`` and ``reads_prompts_apart``: as for ``KVCacheManager``. The sequences of which a step computes the prompt
     come last.
 
-    One thread calls ``reserve``, ``schedule``, then ``commit`` or ``postpone`` for each of the sequences, which does
-    nothing for one that was aborted meanwhile.
+    It knows nothing of who drafts or learns. One thread calls ``begin_step``, ``plan``, ``fill``, then ``commit`` or
+    ``postpone`` for each of the sequences, which does nothing for one that was aborted meanwhile.
     """
 
     def __init__(
@@ -96,35 +98,56 @@ class Scheduler:
                 del self.requests[request_id]
         return request
 
-    def reserve(self, lengths: DraftLengths | None = None) -> tuple[dict[Request, int], list[DraftSlot]]:
-        """Plan the next step's decodes, one token each, and blocks for as many drafts as ``lengths`` says (None: none).
-
-        The first are for ``schedule``, once the drafts are in ``request.draft_token_ids``.
-        """
+    def begin_step(self) -> Decodes:
+        """Who decodes in the next step: each gets a slot for its next token, and may take another's block for it."""
         self._admission.begin_step()
-        plan = self._plan_decodes()
-        self._admission.admit_next_in_line({request.tenant for request in self._prefilling(plan)})
+        decoding = self._decoding()
+        for request in decoding:
+            self._admission.grow(request)
+        self._admission.admit_next_in_line({request.tenant for request in self._prefilling(decoding)})
         for request in self._admission.preempted:
-            plan.pop(request, None)
-        return plan, [] if lengths is None or not plan else self._reserve_drafts(list(plan), lengths)
+            decoding.pop(request, None)
+        limits = [request.max_kv_tokens - request.num_tokens for request in decoding]
+        return Decodes(list(decoding), limits, self._num_joining(len(decoding)))
 
-    def schedule(self, plan: dict[Request, int]) -> SchedulerOutput:
+    def plan(self, decodes: Decodes, lengths: Sequence[int]) -> list[DraftSlot]:
+        """Give each sequence that decodes room for as many drafts as ``lengths`` says, where blocks are free.
+
+        Together they get at most the tokens that the decodes leave, and the rows of logits that there may be, or half
+        of them where there is prefill work, in equal parts.
+        """
+        budget = min(self._config.max_batched_tokens - len(decodes.requests), self._config.most_extra_rows)
+        if decodes.num_joining:
+            budget //= 2
+        num_drafting = sum(length > 0 for length in lengths)
+        slots: list[DraftSlot] = []
+        for request, limit, length in zip(decodes.requests, decodes.limits, lengths, strict=True):
+            room = 0
+            if length > 0:
+                room = min(length, limit, -(-budget // num_drafting))
+                if not self._kv.allocate(request, request.num_tokens + room):
+                    room = self._kv.num_slots(request) - request.num_tokens
+                num_drafting -= 1
+                budget -= room
+            slots.append(DraftSlot(request, room, request.block_ids))
+        return slots
+
+    def fill(self, slots: Sequence[DraftSlot], proposals: Proposals) -> Batch:
         """Choose the rest of the step's tokens, now that its drafts are made, and allocate their blocks."""
+        plan = {slot.request: 1 + len(proposals.get(slot.request, NOTHING).token_ids) for slot in slots}
         has_prefills = len(plan) < len(self._running) and bool(self._prefilling(plan))  # the preempted are in neither
-        for request in plan:
-            plan[request] += len(request.draft_token_ids)
-        num_decoded = sum(plan.values())
+        num_decoded, num_drafts = sum(plan.values()), sum(plan.values()) - len(plan)
         budget = self._prompt_tokens(num_decoded)
         if has_prefills:
-            budget -= self._plan_newcomers(plan, budget // 2, whole=True)
-            budget -= self._plan_prefills(plan, budget)
-        self._plan_newcomers(plan, budget, whole=False)
+            budget -= self._plan_newcomers(plan, num_drafts, budget // 2, whole=True)
+            budget -= self._plan_prefills(plan, num_drafts, budget)
+        self._plan_newcomers(plan, num_drafts, budget, whole=False)
         self._lacks_blocks = self._admission.lacks_blocks
-        sequences = [ScheduledSequence.of(one, count) for one, count in plan.items()]
+        sequences = [ScheduledSequence.of(one, count, proposals.get(one, NOTHING)) for one, count in plan.items()]
         num_tokens = sum(plan.values())
         if num_tokens > num_decoded:
             sequences.sort(key=lambda sequence: not sequence.decodes)
-        return SchedulerOutput(sequences, num_tokens, num_tokens - num_decoded, self._admission.preempted)
+        return Batch(sequences, num_tokens, num_tokens - num_decoded, self._admission.preempted)
 
     def commit(self, sequence: ScheduledSequence, kept_token_ids: list[int], finished: bool) -> None:
         """Take the result of a step for one sequence.
@@ -148,7 +171,6 @@ class Scheduler:
         elif not finished and num_computed >= request.num_tokens:
             raise ValueError(f"request {request.request_id!r} needs a new token")
         request.num_computed_tokens = num_computed
-        request.draft_token_ids = []
         self._kv.after_commit(request)
         if finished:
             self._finish(request)
@@ -161,13 +183,12 @@ class Scheduler:
         request = sequence.request
         if self._is_here(request):
             request.num_computed_tokens = sequence.start + sequence.num_known - 1
-            request.draft_token_ids = []
             self._kv.after_commit(request)
 
-    def record_seconds(self, plan: SchedulerOutput, seconds: float) -> None:
+    def record_seconds(self, batch: Batch, seconds: float) -> None:
         """What a step took: those with prompts tell how much of them the next ones may read."""
-        if plan.num_prompt_tokens:
-            self._step_time.record(plan.num_tokens, seconds)
+        if batch.num_prompt_tokens:
+            self._step_time.record(batch.num_tokens, seconds)
 
     def has_work(self) -> bool:
         """Whether a request is waiting or running."""
@@ -209,21 +230,18 @@ class Scheduler:
                 f"exceed the whole KV cache of {num_slots} tokens"
             )
 
-    def _plan_decodes(self) -> dict[Request, int]:
-        """One token for each running sequence that lacks just one, which is not of its prompt."""
-        decoding = [
+    def _decoding(self) -> dict[Request, None]:
+        """The running sequences that lack just one token, which is not of their prompt."""
+        return dict.fromkeys(
             request
             for request in self._running
             if request.num_tokens - 1 == request.num_computed_tokens >= len(request.prompt_token_ids)
             and not request.is_stalled
-        ]
-        for request in decoding:
-            self._admission.grow(request)
-        return dict.fromkeys(decoding, 1)
+        )
 
-    def _prefilling(self, plan: dict[Request, int]) -> list[Request]:
+    def _prefilling(self, planned: Container[Request]) -> list[Request]:
         """Running sequences that do not decode."""
-        return [request for request in self._running if request not in plan and not request.is_stalled]
+        return [request for request in self._running if request not in planned and not request.is_stalled]
 
     def _num_joining(self, num_decoding: int) -> int:
         """Sequences whose prompts are computed in this step or next: they will decode beside those that do."""
@@ -238,42 +256,19 @@ class Scheduler:
         in_time = self._step_time.tokens_in(self._config.prompt_ms / 1e3) if is_short else None
         return left if in_time is None else min(left, max(in_time, LEAST_CHUNK))
 
-    def _plan_prefills(self, plan: dict[Request, int], budget: int) -> int:
+    def _plan_prefills(self, plan: dict[Request, int], num_drafts: int, budget: int) -> int:
         """Next chunks of running prefills; returns the tokens planned."""
         lengths = {request: self._kv.num_computable(request) for request in self._prefilling(plan)}
-        chunks = share_out(lengths, budget, prompt_rows_left(plan, self._config.most_extra_rows)) if lengths else {}
+        num_rows = prompt_rows_left(plan, num_drafts, self._config.most_extra_rows)
+        chunks = share_out(lengths, budget, num_rows) if lengths else {}
         plan.update(chunks)
         return sum(chunks.values())
 
-    def _reserve_drafts(self, requests: list[Request], drafter: DraftLengths) -> list[DraftSlot]:
-        """Room for drafts of the decodes, in equal parts, where blocks are free.
-
-        At most the tokens that the decodes leave, and the rows of logits that there may be, or half of them where there
-        is prefill work.
-        """
-        budget = min(self._config.max_batched_tokens - len(requests), self._config.most_extra_rows)
-        num_joining = self._num_joining(len(requests))
-        if num_joining:
-            budget //= 2
-        limits = [request.max_kv_tokens - request.num_tokens for request in requests]
-        lengths = drafter.draft_lengths(requests, limits, num_joining)
-        num_drafting = sum(length > 0 for length in lengths)
-        slots: list[DraftSlot] = []
-        for request, length in zip(requests, lengths, strict=True):
-            if length > 0:
-                length = min(length, -(-budget // num_drafting))
-                if not self._kv.allocate(request, request.num_tokens + length):
-                    length = self._kv.num_slots(request) - request.num_tokens
-                num_drafting -= 1
-                budget -= length
-            slots.append(DraftSlot(request, length, request.block_ids))
-        return slots
-
-    def _plan_newcomers(self, plan: dict[Request, int], budget: int, whole: bool) -> int:
+    def _plan_newcomers(self, plan: dict[Request, int], num_drafts: int, budget: int, whole: bool) -> int:
         """Waiting requests that are admitted now; returns the tokens planned."""
         if not self._waiting:
             return 0
-        num_rows = prompt_rows_left(plan, self._config.most_extra_rows)
+        num_rows = prompt_rows_left(plan, num_drafts, self._config.most_extra_rows)
         admitted = self._admission.admit(budget, num_rows // 2 if whole else num_rows, whole)
         plan.update(admitted)
         return sum(admitted.values())

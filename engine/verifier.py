@@ -12,10 +12,9 @@ from evospec.engine.sampling.constrained import num_choosable
 from evospec.engine.sampling.gpu_choices import GpuChoices
 from evospec.engine.sampling.logprobs import collect_prompt_logprobs
 from evospec.engine.sampling.sampler import SampledSequence, Sampler, SamplingRows
-from evospec.engine.step_plan import ScheduledSequence
+from evospec.engine.step import ScheduledSequence, Verification
 from evospec.engine.text.tokenizer import Tokenizer
 from evospec.engine.truncation import StopChecker
-from evospec.engine.verification import Verification
 from evospec.kernels.native import Team
 from evospec.kernels.upload import upload
 
@@ -65,11 +64,10 @@ class Verifier:
 def _judge(sequence: ScheduledSequence, first_row: int, choice: SampledSequence | None) -> Verification:
     """What is kept of a sequence's choices; None: its prompt is unfinished, or its grammar's mask is late."""
     request = sequence.request
-    source = request.draft_state.source if sequence.num_draft_tokens else None
     if choice is None:
-        return Verification(sequence, first_row, source=source)
+        return Verification(sequence, first_row)
     truncation = request.stop_checker.push(choice.token_ids)
     kept = choice.token_ids[: truncation.num_kept]
     # The last choice is no draft, unless it is missing.
     num_accepted = min(len(choice.token_ids) - choice.is_finite, len(kept))
-    return Verification(sequence, first_row, choice, truncation, kept, num_accepted, source)
+    return Verification(sequence, first_row, choice, truncation, kept, num_accepted)

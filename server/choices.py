@@ -50,7 +50,8 @@ class Choice:
 
     def count_drafts(self, output: EngineOutput) -> None:
         """Count a step that verified drafts."""
-        self.draft_version = output.draft_version
+        if output.num_draft_tokens and not output.copied:
+            self.draft_version = output.draft_version
         self.num_draft_tokens += output.num_draft_tokens
         self.num_predicted_tokens += output.num_predicted_tokens
         self.steps_by_accepted += [0] * (output.num_accepted_tokens + 1 - len(self.steps_by_accepted))

@@ -138,10 +138,10 @@ def _put_adapter_in_force(core: EngineCore) -> None:
     """An adapter with random weights drafts for everybody."""
     import torch
 
-    from evospec.engine.draft_state import Assignment
     from evospec.engine.online.adapter_control import adapter_key
+    from evospec.engine.online.adapters import Assignment
 
-    adapters: Any = core._speculator._proposer._adapters  # type: ignore[union-attr]
+    adapters: Any = core._drafter._proposer._adapters  # type: ignore[attr-defined]
     key = adapter_key(adapters.config.key_scope, "tests", None)
     adapters.refresh = lambda: None
     adapters._in_force[0] = Assignment(0, key, 1)

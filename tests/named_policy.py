@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
+from evospec.engine.messages import SamplingParams
+from evospec.engine.request import Request
 from evospec.engine.speculation.length.adaptive import AdaptiveLength
 from evospec.engine.speculation.length.costs import StepCosts
-from evospec.engine.speculation.length.policy import Chain, Draftable
-from evospec.kernels.native_chain import StopRule
+from evospec.engine.speculation.length.policy import Candidate, EarlyStop
+from evospec.engine.step import Copy, Proposal
+
+TOKEN = 7
 
 
 class NamedPolicy:
@@ -20,10 +23,16 @@ class NamedPolicy:
 
     def __init__(self, costs: StepCosts, *, stops_early: bool = False) -> None:
         self.policy = AdaptiveLength(costs, stops_early=stops_early)
-        self.sequences: defaultdict[str, Draftable] = defaultdict(Draftable)
+        self.copied: set[str] = set()
+        """The sequences that are copied, of those that the last step was asked for."""
+        self._requests: dict[str, Request] = {}
 
-    def of(self, names: Sequence[str]) -> list[Draftable]:
-        return [self.sequences[name] for name in names]
+    def request(self, name: str, tenant: str = "t", temperature: float = 0.0) -> Request:
+        """The sequence of a name; the first call says whose it is, and how its tokens are chosen."""
+        if name not in self._requests:
+            sampling = SamplingParams(max_tokens=1, seed=0, temperature=temperature)
+            self._requests[name] = Request(name, b"", tenant, sampling, [1])
+        return self._requests[name]
 
     def lengths(
         self,
@@ -32,33 +41,34 @@ class NamedPolicy:
         *,
         repeats: Mapping[str, Sequence[int]] | None = None,
         num_unread: int = 0,
-        tenants: Mapping[str, str] | None = None,
     ) -> list[int]:
         """Of the sequences in ``limits``, each of which has so many tokens that its draft has not read."""
-        for name, limit in limits.items():
-            one = self.sequences[name]
-            one.tenant, one.limit, one.num_unread = (tenants or {}).get(name, "t"), limit, num_unread
-            one.repeat = (repeats or {}).get(name, ())
-        return self.policy.lengths(self.of(list(limits)), num_joining)
+        copies = {name: _copy(levels) for name, levels in (repeats or {}).items()}
+        candidates = [
+            Candidate(self.request(name), limit, num_unread, copies.get(name)) for name, limit in limits.items()
+        ]
+        lengths = self.policy.lengths(candidates, num_joining)
+        self.copied = {name for name, length in zip(limits, lengths, strict=True) if length.is_copied}
+        return [length.num_tokens for length in lengths]
 
-    def copied(self) -> set[str]:
-        """The sequences that are copied, of those that the last step was asked for."""
-        return {name for name, one in self.sequences.items() if one.is_copied}
+    def stop_rule(self, lengths: Mapping[str, int]) -> EarlyStop | None:
+        return self.policy.stop_rule({self.request(name): length for name, length in lengths.items()})
 
-    def rests(self, names: Sequence[str]) -> bool:
-        return self.policy.rests(self.of(names))
+    def worth_verifying(self, proposals: Mapping[str, Proposal]) -> dict[str, int]:
+        kept = self.policy.worth_verifying({self.request(name): one for name, one in proposals.items()})
+        return dict(zip(proposals, kept, strict=True))
 
-    def stop_rule(self, lengths: Mapping[str, int]) -> StopRule | None:
-        return self.policy.stop_rule(self.of(list(lengths)), list(lengths.values()))
-
-    def worth_verifying(self, chains: Mapping[str, Chain]) -> dict[str, int]:
-        kept = self.policy.worth_verifying(self.of(list(chains)), list(chains.values()))
-        return dict(zip(chains, kept, strict=True))
-
-    def record_drafts(self, name: str, chain: Chain, outcomes: Sequence[bool], repeat: Sequence[int] = ()) -> None:
-        self.sequences[name].repeat = repeat
-        self.policy.record_drafts(self.sequences[name], chain, outcomes)
+    def record_drafts(
+        self, name: str, confidence: Sequence[int], outcomes: Sequence[bool], repeat: Sequence[int] = ()
+    ) -> None:
+        """What became of drafts, which were so sure; ``repeat``: of what could have been copied."""
+        drafts = [TOKEN] * len(outcomes)
+        proposal = Proposal(drafts, drafted=drafts, confidence=confidence, copy=_copy(repeat))
+        self.policy.record_drafts(self.request(name), proposal, outcomes)
 
     def record_copy(self, name: str, repeat: Sequence[int], outcomes: Sequence[bool]) -> None:
-        self.sequences[name].repeat = repeat
-        self.policy.record_copy(self.sequences[name], outcomes)
+        self.policy.record_copy(self.request(name), Copy([TOKEN] * len(repeat), repeat), outcomes)
+
+
+def _copy(levels: Sequence[int]) -> Copy | None:
+    return Copy([TOKEN] * len(levels), levels) if levels else None

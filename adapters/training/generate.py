@@ -26,7 +26,6 @@ from evospec.adapters.training.conversations import (
     write_shard,
     written_keys,
 )
-from evospec.engine.batch import Features
 from evospec.engine.config import (
     CacheConfig,
     EngineConfig,
@@ -42,7 +41,7 @@ from evospec.engine.models.eagle3_config import recorded_layers
 from evospec.engine.models.registry import resolve_model, validate_model_files
 from evospec.engine.request import engine_request_id
 from evospec.engine.speculation.drafters.base import DraftCosts, Proposer
-from evospec.engine.step_plan import ScheduledSequence
+from evospec.engine.step import Step
 from evospec.engine.text.tokenizer import Tokenizer
 
 log = structlog.get_logger(__name__)
@@ -146,13 +145,12 @@ class FeatureRecorder(Proposer):
     def make_proposer(self, num_blocks: int) -> Proposer:
         return self
 
-    def after_verification(
-        self, sequences: Sequence[ScheduledSequence], num_kept: Sequence[int], features: Features | None
-    ) -> None:
+    def learn(self, step: Step) -> None:
         """Append each sequence's rows, as bf16."""
-        assert features is not None
+        assert step.features is not None
+        sequences = step.batch.sequences
         lengths = [len(sequence.token_ids) for sequence in sequences]
-        rows = torch.split_with_sizes(features.values.to("cpu", torch.bfloat16, copy=True), lengths)
+        rows = torch.split_with_sizes(step.features.values.to("cpu", torch.bfloat16, copy=True), lengths)
         for sequence, own in zip(sequences, rows, strict=True):
             if sequence.start == 0:  # also a preempted sequence, which is computed again
                 self._rows[sequence.request.request_id] = []

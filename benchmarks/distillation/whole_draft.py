@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 from evospec.engine import process
 from evospec.engine.adapters_config import AdaptersConfig
-from evospec.engine.draft_state import BASE, Assignment
 from evospec.engine.models.config import ModelError
 from evospec.engine.models.eagle3 import Eagle3
+from evospec.engine.online.adapters import BASE, Assignment
 from evospec.engine.online.whole_draft import WholeDraft
 from evospec.engine.request import Request
 from evospec.engine.speculation import build

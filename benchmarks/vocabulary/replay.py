@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Sequence
+from operator import eq
 from typing import Annotated, Any
 
 import numpy as np
@@ -23,7 +24,6 @@ from benchmarks.common.draft_traces import DEPTH, Trace, recorded
 from benchmarks.common.drafting import Drafting
 from benchmarks.vocabulary.modes import FR_SPEC, FULL, Mode, make_mode, sizes_of
 from evospec.engine.config import ModelConfig, SpeculationConfig
-from evospec.engine.draft_state import DraftSource
 from evospec.engine.draft_vocab.bigram_graph import BigramGraph
 from evospec.engine.draft_vocab.resources import LIGHT_DRAFT_WEIGHTS, Resources, core_mask
 from evospec.engine.draft_vocab.running_texts import RunningTexts
@@ -34,9 +34,8 @@ from evospec.engine.request import Request
 from evospec.engine.speculation.build import counts_directory
 from evospec.engine.speculation.drafters.head import CANDIDATES, read_token_counts, static_vocabulary
 from evospec.engine.speculation.drafters.session_head import GRAPH_FILE
-from evospec.engine.step_plan import ScheduledSequence
+from evospec.engine.step import Proposal, ScheduledSequence, Verification
 from evospec.engine.text.tokenizer import Tokenizer
-from evospec.engine.verification import Verification
 
 _GREEDY = SamplingParams(max_tokens=1, seed=0, temperature=0.0)
 
@@ -61,14 +60,13 @@ class _Tail:
         return found
 
 
-def verification(request: Request, kept: Sequence[int], num_drafts: int) -> Verification:
-    """A step that verified ``num_drafts`` of a request's drafts, and kept these tokens."""
-    tokens = [request.all_token_ids[-1], *request.draft_token_ids[:num_drafts]]
-    sequence = ScheduledSequence(request, request.num_tokens - 1, tokens, num_drafts, 0, len(tokens), array("i"))
-    outcomes = zip(sequence.token_ids[1:], kept, strict=False)
-    num_accepted = next((place for place, (a, b) in enumerate(outcomes) if a != b), min(num_drafts, len(kept)))
-    source: DraftSource | None = "draft" if num_drafts else None
-    return Verification(sequence, 0, kept=[*kept], num_accepted=num_accepted, source=source)
+def verification(request: Request, kept: Sequence[int], drafts: Sequence[int]) -> Verification:
+    """A step that verified these drafts of a request, and kept these tokens."""
+    tokens, rest = [request.all_token_ids[-1], *drafts], (0, 1 + len(drafts), array("i"), Proposal([*drafts]))
+    sequence = ScheduledSequence(request, request.num_tokens - 1, tokens, len(drafts), *rest)
+    outcomes = zip(drafts, kept, strict=False)
+    num_accepted = next((place for place, (a, b) in enumerate(outcomes) if a != b), min(len(drafts), len(kept)))
+    return Verification(sequence, 0, kept=[*kept], num_accepted=num_accepted)
 
 
 class Replay:
@@ -106,40 +104,50 @@ class Replay:
     def run(self, trace: Trace) -> tuple[int, int]:
         """Drafts of ``DEPTH`` tokens verified, and draft tokens accepted."""
         request, end = self._begin(trace), len(trace.prompt) + len(trace.answer)
-        drafts = accepted = 0
+        num_steps = num_accepted = 0
         while request.num_tokens + DEPTH < end and (row := request.num_tokens - len(trace.prompt) - 1) < len(
             trace.draft_ids
         ):
-            number = self._draft(request, trace, row)
+            drafts = self._draft(request, trace, row)
+            number = sum(map(eq, drafts, trace.answer[row + 1 :]))
             kept = trace.answer[row + 1 : row + 2 + number]
-            drafts, accepted = drafts + 1, accepted + number
-            self._observe(request, kept, DEPTH, trace.likely[row + 1 : row + 1 + len(kept)])
+            num_steps, num_accepted = num_steps + 1, num_accepted + number
+            self._observe(
+                request, kept, drafts + [-1] * (DEPTH - len(drafts)), trace.likely[row + 1 : row + 1 + len(kept)]
+            )
         self._finish(request, trace)
-        return drafts, accepted
+        return num_steps, num_accepted
 
     def _begin(self, trace: Trace) -> Request:
         self._count += 1
         tenant = str(self._count) if self._cold else trace.domain
         request = Request(str(self._count), b"", tenant, _GREEDY, trace.prompt, domain=trace.domain)
         snapshot = b"" if self._cold else self._snapshots.get(trace.domain, b"")
-        request.draft_state.past = SessionState(snapshot=snapshot, domain=trace.domain)
-        self._observe(request, trace.answer[:1], 0, trace.likely[:1])
+        request.session = SessionState(snapshot=snapshot, domain=trace.domain)
+        self._observe(request, trace.answer[:1], [], trace.likely[:1])
         return request
 
-    def _draft(self, request: Request, trace: Trace, row: int) -> int:
-        """How many draft tokens are right; those after the first wrong one are never looked at."""
+    def _draft(self, request: Request, trace: Trace, row: int) -> list[int]:
+        """Draft tokens up to the first wrong one: those after it are never looked at."""
         if self._vocab is not None:
             self._vocab.before_drafts([request])
         mask = self._core if self._tail is None else self._core | self._tail.mask()
+        drafts: list[int] = []
         for depth, wanted in enumerate(trace.answer[row + 1 : row + 1 + DEPTH]):
-            token_id = self._choose(request, mask, trace.draft_ids[row, depth], trace.draft_logits[row, depth])
-            request.draft_token_ids.append(token_id)
-            if token_id != wanted:
-                return depth
-        return DEPTH
+            drafts.append(
+                self._choose(request, drafts, mask, trace.draft_ids[row, depth], trace.draft_logits[row, depth])
+            )
+            if drafts[-1] != wanted:
+                break
+        return drafts
 
     def _choose(
-        self, request: Request, mask: NDArray[np.bool_], known: NDArray[np.int32], own: NDArray[np.float16]
+        self,
+        request: Request,
+        drafts: list[int],
+        mask: NDArray[np.bool_],
+        known: NDArray[np.int32],
+        own: NDArray[np.float16],
     ) -> int:
         """One draft token; a token that is not among the ``known`` ones has the logit of the last of them."""
         places = np.flatnonzero(mask[known])[:CANDIDATES]
@@ -154,21 +162,19 @@ class Replay:
             return torch.from_numpy(logits.astype(np.float32))
 
         candidates = torch.from_numpy(token_ids), torch.from_numpy(logits)
-        return self._vocab.choose_with_prior([request], *candidates, logits_of)[0]
+        return self._vocab.choose_with_prior([request], [drafts], *candidates, logits_of)[0]
 
-    def _observe(self, request: Request, kept: list[int], num_drafts: int, likely: NDArray[np.int32]) -> None:
-        request.draft_token_ids += [-1] * (num_drafts - len(request.draft_token_ids))
+    def _observe(self, request: Request, kept: list[int], drafts: list[int], likely: NDArray[np.int32]) -> None:
         if self._vocab is not None:
-            self._vocab.follow([verification(request, kept, num_drafts)], lambda _: likely)
+            self._vocab.follow([verification(request, kept, drafts)], lambda _: likely)
         request.output_token_ids += kept
         request.all_token_ids += kept
-        request.draft_token_ids = []
 
     def _finish(self, request: Request, trace: Trace) -> None:
         if self._vocab is not None:
             request.all_token_ids = [*trace.prompt, *trace.answer]
-            self._snapshots[trace.domain] = self._vocab.finish(request)[0] or b""
-            self._vocab.forget(request)
+            self._snapshots[trace.domain] = self._vocab.leave(request)[0] or b""
+            self._vocab.end(request)
 
 
 def runs_of_mode(mode: Mode, model: str, traces: Sequence[Trace]) -> Iterator[dict[str, Any]]:

@@ -10,9 +10,9 @@ import structlog
 from numpy.typing import NDArray
 
 from evospec.engine.config import DynamicConfig
-from evospec.engine.draft_state import TEXT_BEFORE
 from evospec.engine.draft_vocab.ngram_counts import restore, strongest
 from evospec.engine.draft_vocab.resources import LIGHT_DRAFT_WEIGHTS, Resources
+from evospec.engine.draft_vocab.running_texts import TEXT_BEFORE
 from evospec.engine.draft_vocab.snapshot import (
     MAX_NGRAMS,
     SessionSnapshot,
@@ -21,7 +21,6 @@ from evospec.engine.draft_vocab.snapshot import (
     encode,
     make_snapshot,
 )
-from evospec.engine.messages import SessionState
 from evospec.engine.request import Request
 from evospec.kernels.native_sessions import Sessions
 from evospec.kernels.session_options import MAX_WEIGHT, NUM_FEATURES
@@ -178,6 +177,8 @@ class SessionPast:
     def __init__(self, options: DynamicConfig, resources: Resources, sessions: Sessions) -> None:
         self._prior, self._resources, self._sessions = options.prior, resources, sessions
         self._memory = TenantMemory() if options.tenant_memory else None
+        self._read: dict[Request, SessionSnapshot | None] = {}
+        """Of each sequence whose session's past was read."""
         self._latest: tuple[bytes, SessionSnapshot] | None = None
         """The snapshot read last, and what it holds: all choices of a request bring the same."""
         self.num_refused_snapshots = 0
@@ -202,15 +203,24 @@ class SessionPast:
 
     def recall(self, request: Request) -> SessionSnapshot | None:
         """The past of a request's session, None if it has none that can be used; read once."""
-        state = request.draft_state
-        if state.past is not None and state.past.snapshot:
-            data, state.past = state.past.snapshot, SessionState(domain=state.past.domain)
-            try:
-                state.recalled = self._decode(data)
-            except SnapshotError as error:
-                self.num_refused_snapshots += 1
-                log.warning("a session starts cold: its snapshot cannot be used", reason=str(error))
-        return state.recalled
+        if request not in self._read:
+            self._read[request] = None
+            if request.session is not None and request.session.snapshot:
+                try:
+                    self._read[request] = self._decode(request.session.snapshot)
+                except SnapshotError as error:
+                    self.num_refused_snapshots += 1
+                    log.warning("a session starts cold: its snapshot cannot be used", reason=str(error))
+        return self._read[request]
+
+    def history(self, request: Request) -> Sequence[int]:
+        """The earlier answers of a request's session."""
+        snapshot = self.recall(request)
+        return () if snapshot is None else snapshot.said_token_ids()
+
+    def end(self, request: Request) -> None:
+        """A request is over."""
+        self._read.pop(request, None)
 
     def _decode(self, data: bytes) -> SessionSnapshot:
         if self._latest is None or self._latest[0] != data:
@@ -236,7 +246,7 @@ class SessionPast:
             weights=self._sessions.weights(session).tolist(),
             tail=self._sessions.tail(session),
             ngrams=strongest(self._sessions, session, MAX_NGRAMS),
-            said=[*request.draft_state.said, *end_of_prompt, *request.output_token_ids],
+            said=[*self.history(request), *end_of_prompt, *request.output_token_ids],
         )
         return encode(snapshot)
 

@@ -2,69 +2,99 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
-from evospec.engine.draft_state import NONE, TEXT_BEFORE
+from evospec.engine.learner import Learner
 from evospec.engine.request import Request
 from evospec.kernels.native_texts import Texts
 from evospec.kernels.session_library import TokenRows
 
+NONE = -1
+"""No slot."""
+TEXT_BEFORE = 16
+"""Tokens of a prompt's end that come before an answer where it is kept or predicted: another one begins as it does."""
 PROMPT_WINDOW = 4096
 """The last tokens of a prompt, which are looked at; fewer where there is a prediction, of which the first count."""
 CAPACITY = 8192
 """Tokens of a text; beyond them the older half is forgotten."""
 
 
-class RunningTexts:
-    """Gives each sequence a text, as long as there is room, and keeps it in step with the sequence's tokens.
+@dataclass(eq=False, slots=True)
+class _Text:
+    """What is known of a sequence."""
 
-    An engine has one: a sequence's slot is in its ``DraftState``.
+    slot: int = NONE
+    num_read: int = 0
+    """How many of its tokens are there, or are left out."""
+    predicted: str = ""
+    """The prompt's end and the client's prediction, a character a token, to find words in."""
+    history: Sequence[int] = ()
+    """The session's earlier answers."""
+
+
+class RunningTexts(Learner):
+    """Gives each sequence a text, as long as there is room, and keeps it in step with the sequence's tokens.
 
     Args:
         num_slots: most sequences with a text.
     """
 
+    part = "lookup"
+
     def __init__(self, num_slots: int) -> None:
         self.texts = Texts(num_slots, CAPACITY)
         self._free = list(range(num_slots))[::-1]
+        self._of: dict[Request, _Text] = {}
+
+    def slots(self, requests: Iterable[Request]) -> list[int]:
+        """The slot of each sequence; NONE: it has no text."""
+        return [NONE if (text := self._of.get(request)) is None else text.slot for request in requests]
+
+    def predicted(self, request: Request) -> str:
+        """The prompt's end and the client's prediction, a character a token; empty without a prediction, or a text."""
+        text = self._of.get(request)
+        return "" if text is None else text.predicted
+
+    def put_before(self, request: Request, history: Sequence[int]) -> None:
+        """A sequence's text, which has not begun, is to begin with the session's earlier answers."""
+        self._of.setdefault(request, _Text()).history = history
 
     def read(self, requests: Iterable[Request]) -> None:
         """Take the tokens that sequences have got since the last call."""
         rows = TokenRows()
         for request in requests:
-            state, token_ids = request.draft_state, request.all_token_ids
-            if state.text == NONE and self._free:
-                self._begin(request, rows)
-            if state.text != NONE and state.num_in_text < len(token_ids):
-                rows.add(state.text, token_ids[state.num_in_text :])
-                state.num_in_text = len(token_ids)
+            text, token_ids = self._of.setdefault(request, _Text()), request.all_token_ids
+            if text.slot == NONE and self._free:
+                self._start(request, text, rows)
+            if text.slot != NONE and text.num_read < len(token_ids):
+                rows.add(text.slot, token_ids[text.num_read :])
+                text.num_read = len(token_ids)
         if len(rows):
             self.texts.extend(rows)
 
-    def _begin(self, request: Request, rows: TokenRows) -> None:
+    def _start(self, request: Request, text: _Text, rows: TokenRows) -> None:
         """A text begins with what else may be copied: the session's earlier answers, and what is predicted."""
-        state = request.draft_state
-        state.text = self._free.pop()
-        self.texts.clear(state.text)
-        predicted = state.prediction[: PROMPT_WINDOW - TEXT_BEFORE]
-        state.num_in_text = max(request.num_tokens - PROMPT_WINDOW + len(predicted), 0)
-        if said := state.said:
-            rows.add(state.text, said)
+        text.slot = self._free.pop()
+        self.texts.clear(text.slot)
+        predicted = request.prediction[: PROMPT_WINDOW - TEXT_BEFORE]
+        text.num_read = max(request.num_tokens - PROMPT_WINDOW + len(predicted), 0)
+        if text.history:
+            rows.add(text.slot, text.history)
         if predicted:
             token_ids = [*request.prompt_token_ids[-TEXT_BEFORE:], *predicted]
-            rows.add(state.text, token_ids)
-            state.predicted = "".join(map(chr, token_ids))
+            rows.add(text.slot, token_ids)
+            text.predicted = "".join(map(chr, token_ids))
 
     def take(self, request: Request, count: int) -> int:
         """The slot of the text to which the caller appends the next tokens of a sequence; NONE: ``read`` does that."""
-        state = request.draft_state
-        if state.text == NONE or state.num_in_text != len(request.all_token_ids):
+        text = self._of.get(request)
+        if text is None or text.slot == NONE or text.num_read != len(request.all_token_ids):
             return NONE
-        state.num_in_text += count
-        return state.text
+        text.num_read += count
+        return text.slot
 
-    def forget(self, request: Request) -> None:
-        """A request has ended."""
-        if request.draft_state.text != NONE:
-            self._free.append(request.draft_state.text)
-            request.draft_state.text = NONE
+    def end(self, request: Request) -> None:
+        text = self._of.pop(request, None)
+        if text is not None and text.slot != NONE:
+            self._free.append(text.slot)

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from usearch.index import Index
 
-from evospec.engine.draft_state import DraftState
+from evospec.engine.request import Request
 
 CONNECTIVITY = 32
 """M of the graph (the paper's)."""
@@ -107,18 +107,18 @@ class SemanticSearch:
 
     def __init__(self, index: SemanticIndex) -> None:
         self._index = index
-        self._queries: Queue[tuple[DraftState, NDArray[np.float32]]] = Queue(_MAX_WAITING)
-        self._found: Queue[tuple[DraftState, list[int]]] = Queue()
+        self._queries: Queue[tuple[Request, NDArray[np.float32]]] = Queue(_MAX_WAITING)
+        self._found: Queue[tuple[Request, list[int]]] = Queue()
         threading.Thread(target=self._run, name="semantic search", daemon=True).start()
 
-    def ask(self, state: DraftState, hidden: NDArray[np.float32]) -> None:
-        """Search for the neighbours of a hidden state [d] of some sequence."""
+    def ask(self, request: Request, hidden: NDArray[np.float32]) -> None:
+        """Search for the neighbours of a hidden state [d] of a sequence."""
         try:
-            self._queries.put_nowait((state, hidden))
+            self._queries.put_nowait((request, hidden))
         except Full:
             return
 
-    def take(self) -> list[tuple[DraftState, list[int]]]:
+    def take(self) -> list[tuple[Request, list[int]]]:
         """What was found since the last call: whose it is, and tokens, the nearest first."""
         found = []
         while True:
@@ -129,5 +129,5 @@ class SemanticSearch:
 
     def _run(self) -> None:
         while True:
-            state, hidden = self._queries.get()
-            self._found.put((state, self._index.neighbours(hidden)))
+            request, hidden = self._queries.get()
+            self._found.put((request, self._index.neighbours(hidden)))

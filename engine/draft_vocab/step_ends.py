@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable
 
-from evospec.engine.draft_state import NONE
 from evospec.engine.request import Request
 
 MAX_OF_PROMPT = 4
@@ -26,13 +25,13 @@ class StepEnds:
         """Another step begins."""
         self._kept.clear()
 
-    def take(self, request: Request) -> bool:
+    def take(self, request: Request, has_vocabulary: bool) -> bool:
         """Whether one more is kept, of a sequence that has a session and ends in this step."""
         prompt = request.prompt_token_ids
         limits: dict[Hashable, int] = {
             (request.tenant, request.domain, len(prompt), *prompt[-_END:]): MAX_OF_PROMPT,
         }
-        if request.draft_state.session == NONE:
+        if not has_vocabulary:
             limits[request.tenant] = MAX_BEGUN
         is_kept = all(self._kept[what] < limit for what, limit in limits.items())
         if is_kept:

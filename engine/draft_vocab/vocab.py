@@ -7,24 +7,25 @@ hold is in ``kernels.native_sessions``, which is called for whole batches.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from evospec.engine.config import DynamicConfig
-from evospec.engine.draft_state import NONE
 from evospec.engine.draft_vocab.past import SessionPast, TenantTables
 from evospec.engine.draft_vocab.resources import Resources, session_options
-from evospec.engine.draft_vocab.running_texts import RunningTexts
+from evospec.engine.draft_vocab.running_texts import NONE, RunningTexts
 from evospec.engine.draft_vocab.step_ends import StepEnds
-from evospec.engine.messages import VocabularyCounts
+from evospec.engine.learner import Learner
+from evospec.engine.messages import EngineOutput, EngineStats, VocabularyCounts
 from evospec.engine.request import Request
-from evospec.engine.verification import Verification
+from evospec.engine.step import Step, Verification
 from evospec.kernels.native_sessions import LogitsOf, Sessions, TailWrites
 from evospec.kernels.session_library import DraftStep, TokenRows
-from evospec.kernels.topk import topk_rows_on_host
 
 if TYPE_CHECKING:
     from evospec.engine.draft_vocab.semantic import SemanticSearch
@@ -42,16 +43,22 @@ TopK = Callable[[Sequence[int]], NDArray[np.int32]]
 """These, at some rows of a step's logits: [n, TOP_K], best first."""
 
 
-def most_likely(logits: torch.Tensor) -> TopK:
-    """Of the target's logits [L, vocab]. By this thread alone: few rows take it less time than to wake the team."""
-    return lambda rows: topk_rows_on_host(logits, TOP_K, rows=rows)[1].astype(np.int32)
+@dataclass(eq=False, slots=True)
+class _Vocabulary:
+    """A sequence with a vocabulary."""
+
+    slot: int
+    num_read: int
+    """How many of its tokens the vocabulary has read."""
 
 
-class DraftVocab:
+class DraftVocab(Learner):
     """Gives running sequences a vocabulary each, as long as there is room, and keeps it in step with their text.
 
     One thread calls all methods. A sequence without a vocabulary drafts from the core, without a prior.
     """
+
+    part = "vocabulary"
 
     def __init__(self, options: DynamicConfig, resources: Resources, texts: RunningTexts) -> None:
         self._options, self._resources, self.texts = options, resources, texts
@@ -64,6 +71,9 @@ class DraftVocab:
         self._free = list(range(self.num_total))[::-1]
         self._tenants = TenantTables(self.sessions) if of_sessions.num_tenants else None
         self._past = SessionPast(options, resources, self.sessions)
+        self._of: dict[Request, _Vocabulary] = {}
+        self.begins_later: Callable[[Request], bool] = lambda _: False
+        """Whether a request's first token does not bring it a vocabulary: it gets one when it is drafted for."""
         self._ends = StepEnds()
         self._waiting: list[TailWrites] = []
         """What tails are to hold when they are drafted from next: a step writes to them once."""
@@ -77,7 +87,7 @@ class DraftVocab:
         self.uses_prior = options.prior != "off"
         """Whether sequences have a prior."""
         self.keeps_hidden = resources.semantic is not None
-        """Whether those that draft write ``DraftState.hidden``."""
+        """Whether those that draft write ``Proposal.hidden``."""
 
     def in_core(self, token_id: int) -> bool:
         """Whether all sequences can draft a token."""
@@ -101,59 +111,66 @@ class DraftVocab:
     def warm_up(self, requests: Sequence[Request]) -> None:
         """Made-up requests get vocabularies with full tails, to measure what those cost."""
         for request in requests:
-            if self._begin(request):
+            if self._start(request):
                 everything = range(self.sessions.vocab_size)
-                self._take(self.sessions.insert(request.draft_state.session, everything, "tenant"))
+                self._take(self.sessions.insert(self._of[request].slot, everything, "tenant"))
 
     def before_drafts(self, requests: Sequence[Request]) -> None:
         """Bring sequences up to date that are about to be drafted for."""
         self._take(self.sessions.begin_drafts())
-        for request in [request for request in requests if request.draft_state.session == NONE][:MOST_BEGUN]:
-            self._begin(request)
+        for request in [request for request in requests if request not in self._of][:MOST_BEGUN]:
+            self._start(request)
         self._catch_up(requests)
         self._write_tails()
         if self.uses_prior:
             self.texts.read(requests)
 
+    def slots(self, requests: Sequence[Request]) -> list[int]:
+        """The slot in ``sessions`` of each request's vocabulary; NONE: it has none."""
+        return [NONE if (one := self._of.get(request)) is None else one.slot for request in requests]
+
     def slabs(self, requests: Sequence[Request]) -> list[int]:
         """The tail of each request; of one without a vocabulary, a tail that is always empty."""
-        sessions = [request.draft_state.session for request in requests]
-        return sessions if min(sessions) != NONE else [self.num_total if one == NONE else one for one in sessions]
+        slots = self.slots(requests)
+        return slots if min(slots) != NONE else [self.num_total if one == NONE else one for one in slots]
 
     def choose_with_prior(
-        self, requests: Sequence[Request], token_ids: torch.Tensor, logits: torch.Tensor, logits_of: LogitsOf
+        self,
+        requests: Sequence[Request],
+        drafts: Sequence[list[int]],
+        token_ids: torch.Tensor,
+        logits: torch.Tensor,
+        logits_of: LogitsOf,
     ) -> list[int]:
         """Add each session's prior to the candidates' logits, in place: the token of each row with the largest sum.
 
         Tokens that followed a repeat of the text's end become candidates, whatever the draft thinks of them.
 
         Args:
-            requests: one a row; drafts before this one are in their ``draft_token_ids``, as many in each. Those of a
-                step's later tokens are among those of its first, in the same order.
+            requests: one a row. Those of a step's later tokens are among those of its first, in the same order.
+            drafts: of each, the draft tokens before this one, as many for each.
             token_ids: [B, C] int32 on the CPU, -1 for none; the weakest make room, in place.
             logits: [B, C] float32 on the CPU, -inf for none.
             logits_of: for the tokens that become candidates; where it is NaN, that of the one that made room stays.
         """
-        drafts, step = [request.draft_token_ids for request in requests], self._draft_step
+        step = self._draft_step
         if not drafts[0] or len(step) != len(drafts):
-            states = [request.draft_state for request in requests]
-            sessions, texts = [state.session for state in states], [state.text for state in states]
+            sessions, texts = self.slots(requests), self.texts.slots(requests)
             if sessions != step.sessions or texts != step.texts:  # seldom: made anew for other rows only
                 step = self._draft_step = DraftStep(sessions, texts)
         step.go_on(drafts, token_ids, logits)
         self.sessions.score(self.texts.texts, step, logits_of)
         return step.best
 
-    def follow(
-        self, verified: Sequence[Verification], top_k: TopK, begins_later: Callable[[Request], bool] = lambda _: False
-    ) -> None:
+    def learn(self, step: Step) -> None:
+        self.follow(step.verified, lambda rows: step.top_k(rows, TOP_K)[1])
+
+    def follow(self, verified: Sequence[Verification], top_k: TopK) -> None:
         """Follow a verified step. A sequence for which nothing was drafted is left for later: that is cheaper.
 
         Args:
             verified: all sequences of the step, not committed yet.
             top_k: called for rows where the target's own choices are wanted.
-            begins_later: whether a request's first token does not bring it a vocabulary: it gets one when it is drafted
-                for.
         """
         self._ends.clear()
         followed: list[Verification] = []
@@ -162,20 +179,21 @@ class DraftVocab:
             if not one.kept:
                 continue
             request = one.sequence.request
-            has_session = request.draft_state.session != NONE
+            has_session = request in self._of
             is_followed = has_session and one.source == "draft"
             if not has_session and not request.output_token_ids:
-                is_followed = num_begun < MOST_BEGUN and not begins_later(request) and self._begin(request)
+                is_followed = num_begun < MOST_BEGUN and not self.begins_later(request) and self._start(request)
                 num_begun += is_followed
-                self._past.recall(request)  # what it said before is copied from, with a vocabulary or without
+                if history := self._past.history(request):  # is copied from, with a vocabulary or without
+                    self.texts.put_before(request, history)
             if is_followed:
                 followed.append(one)
         if followed:
             self._catch_up([one.sequence.request for one in followed])
             self._learn(followed, top_k)
-        for state, token_ids in self._search.take() if self._search is not None else ():
-            if state.session != NONE:
-                self._take(self.sessions.insert(state.session, token_ids, "semantic", _NEW_BY_SEARCH))
+        for request, token_ids in self._search.take() if self._search is not None else ():
+            if (vocabulary := self._of.get(request)) is not None:
+                self._take(self.sessions.insert(vocabulary.slot, token_ids, "semantic", _NEW_BY_SEARCH))
 
     def _learn(self, verified: Sequence[Verification], top_k: TopK) -> None:
         """Take tokens of sequences that are up to date, and put into their tails what is likely to come."""
@@ -194,65 +212,75 @@ class DraftVocab:
         self.sessions.learn(rows, chosen, likely, in_background=len(rows) >= _IN_BACKGROUND)
         if self._search is not None:
             for row in chosen:
-                state, place = verified[row].request.draft_state, missed[row]
-                if 0 <= place < len(state.hidden):  # from there a token should have been drafted, but could not
-                    self._search.ask(state, state.hidden[place])
+                hidden, place = verified[row].sequence.proposal.hidden, missed[row]
+                if 0 <= place < len(hidden):  # from there a token should have been drafted, but could not
+                    self._search.ask(verified[row].request, hidden[place])
 
-    def finish(self, request: Request) -> tuple[bytes | None, VocabularyCounts | None]:
+    def finish(self, request: Request, output: EngineOutput) -> EngineOutput:
+        """A request's last output, with what its session keeps of it, and its counts."""
+        snapshot, counts = self.leave(request)
+        return msgspec.structs.replace(output, session_snapshot=snapshot, vocabulary=counts)
+
+    def leave(self, request: Request) -> tuple[bytes | None, VocabularyCounts | None]:
         """A request has ended, and its last tokens are committed: what its session keeps of it, and its counts.
 
         Both are None where there is no room for a vocabulary; the first also where enough have ended in this step.
         """
-        state = request.draft_state
-        is_kept = state.past is not None and self._ends.take(request)
-        if is_kept and state.session == NONE:
-            self._begin(request)  # nothing may have been drafted for it, but its session is to know of it
-        if state.session == NONE:
+        is_kept = request.session is not None and self._ends.take(request, has_vocabulary=request in self._of)
+        if is_kept and request not in self._of:
+            self._start(request)  # nothing may have been drafted for it, but its session is to know of it
+        if request not in self._of:
             return None, None
         self._catch_up([request])
-        self._past.remember(state.session, request)
-        counts = self.sessions.counts(state.session)
+        slot = self._of[request].slot
+        self._past.remember(slot, request)
+        counts = self.sessions.counts(slot)
         fared = VocabularyCounts(
-            tail_tokens=len(self.sessions.tail(state.session)),
+            tail_tokens=len(self.sessions.tail(slot)),
             verified_tokens=counts.verified,
             covered_tokens=counts.covered,
             events=counts.events,
             insertions=counts.by_source("insertions"),
             hits=counts.by_source("hits"),
         )
-        return self._past.pack(state.session, request) if is_kept else None, fared
+        return self._past.pack(slot, request) if is_kept else None, fared
 
-    def forget(self, request: Request) -> None:
-        """A request is over."""
-        self.texts.forget(request)
-        state = request.draft_state
-        if state.session != NONE:
-            self._take(self.sessions.take_writes())
-            if self._resources.tails is not None:
-                of_others = (writes[writes[:, 0] != state.session] for writes in self._waiting)
-                self._waiting = [writes for writes in of_others if len(writes)]
-                self._resources.tails.clear(state.session)
-            self._free.append(state.session)
-            state.session = NONE
+    def end(self, request: Request) -> None:
+        self._past.end(request)
+        one = self._of.pop(request, None)
+        if one is None:
+            return
+        self._take(self.sessions.take_writes())
+        if self._resources.tails is not None:
+            of_others = (writes[writes[:, 0] != one.slot] for writes in self._waiting)
+            self._waiting = [writes for writes in of_others if len(writes)]
+            self._resources.tails.clear(one.slot)
+        self._free.append(one.slot)
+
+    def add_stats(self, stats: EngineStats) -> EngineStats:
+        return msgspec.structs.replace(
+            stats,
+            vocabularies_used=self.num_used,
+            vocabularies_total=self.num_total,
+            snapshots_refused=self.num_refused_snapshots,
+        )
 
     def prior_weights(self, requests: Sequence[Request]) -> NDArray[np.float32] | None:
         """[n, NUM_FEATURES] with which sequences are drafted for, 0 without a vocabulary; None: there are no priors."""
         if not self.uses_prior:
             return None
-        sessions = np.array([request.draft_state.session for request in requests])
-        weights = self.sessions.applied_weights(sessions)
-        weights[sessions == NONE] = 0.0
+        slots = np.array(self.slots(requests))
+        weights = self.sessions.applied_weights(slots)
+        weights[slots == NONE] = 0.0
         return weights
 
-    def _begin(self, request: Request) -> bool:
+    def _start(self, request: Request) -> bool:
         """Make the vocabulary of a sequence that has none yet, if there is room; whether it has one."""
         if not self._free:
             return False
-        state = request.draft_state
-        state.session = self._free.pop()
-        past, of_tenant = self._past.begin(state.session, request)
-        self._take(self.sessions.begin(state.session, request.all_token_ids, past, of_tenant))
-        state.num_in_session = request.num_tokens
+        one = self._of[request] = _Vocabulary(self._free.pop(), request.num_tokens)
+        past, of_tenant = self._past.begin(one.slot, request)
+        self._take(self.sessions.begin(one.slot, request.all_token_ids, past, of_tenant))
         return True
 
     def _catch_up(self, requests: Sequence[Request]) -> None:
@@ -260,18 +288,18 @@ class DraftVocab:
         behind = [
             request
             for request in requests
-            if (state := request.draft_state).num_in_session < len(request.all_token_ids) and state.session != NONE
+            if (one := self._of.get(request)) is not None and one.num_read < len(request.all_token_ids)
         ]
         if behind:
             rows = TokenRows()
             for request in behind:
-                self._add(rows, request, request.all_token_ids[request.draft_state.num_in_session :])
+                self._add(rows, request, request.all_token_ids[self._of[request].num_read :])
             self._take(self.sessions.catch_up(rows))
 
     def _add(self, rows: TokenRows, request: Request, tokens: Sequence[int], *others: int) -> None:
-        state, table = request.draft_state, NONE if self._tenants is None else self._tenants.of(request.tenant)
-        rows.add(state.session, tokens, table, *others)
-        state.num_in_session += len(tokens)
+        one, table = self._of[request], NONE if self._tenants is None else self._tenants.of(request.tenant)
+        rows.add(one.slot, tokens, table, *others)
+        one.num_read += len(tokens)
 
     def _take(self, writes: TailWrites) -> None:
         if len(writes) and self._resources.tails is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from hashlib import blake2b
 
 import numpy as np
@@ -12,7 +13,6 @@ import structlog
 import torch
 
 from evospec.engine.adapters_config import AdaptersConfig
-from evospec.engine.draft_state import BASE, UNDECIDED, Assignment
 from evospec.engine.models.config import ModelError
 from evospec.engine.models.eagle3 import Eagle3
 from evospec.engine.models.lora import adapted_rows, lora_layout
@@ -30,6 +30,18 @@ log = structlog.get_logger(__name__)
 _LOOK_SECONDS = 1.0
 _MOST_BATCHES = 64
 """Whose rows are kept as the kernels read them: those of one sequence are the same in most of its steps."""
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """Who drafts for a request: the adapter in a slot, at a version; slot -1: the base draft, without key."""
+
+    slot: int
+    key: str | None
+    version: int
+
+
+BASE = Assignment(-1, None, 0)
 
 
 class EagleAdapters:
@@ -66,6 +78,10 @@ class EagleAdapters:
         self._versions = [0] * num_slots
         """Of what each slot held when it was read."""
         self._by_key: dict[str, Assignment] = {}
+        self._keys: dict[Request, str | None] = {}
+        """Of each request, whose adapters draft for it; None: it keeps the base draft, to compare with."""
+        self._assigned: dict[Request, Assignment] = {}
+        """Of each request, who drafted last."""
         self._seen, self._look_at = -1, 0.0
         """Version of the channel at the last look that found it sound, and when to look again."""
         self._is_damaged = False
@@ -102,7 +118,7 @@ class EagleAdapters:
         """Decide who drafts for these requests in this step."""
         for request in requests:
             key = self._key(request)
-            request.draft_state.adapter = BASE if key is None else self._by_key.get(key, BASE)
+            self._assigned[request] = BASE if key is None else self._by_key.get(key, BASE)
 
     def rows(self, requests: Iterable[Request]) -> LoraRows | None:
         """What the tokens of a batch are adapted by, given whose each is; None: nothing."""
@@ -117,7 +133,16 @@ class EagleAdapters:
 
     def slots_of(self, requests: Iterable[Request]) -> list[int]:
         """Whose adapter drafts for each; -1: the base draft does."""
-        return [request.draft_state.adapter.slot for request in requests]
+        return [self.assignment(request).slot for request in requests]
+
+    def assignment(self, request: Request) -> Assignment:
+        """Who drafted last for a request."""
+        return self._assigned.get(request, BASE)
+
+    def forget(self, request: Request) -> None:
+        """A request has ended."""
+        self._keys.pop(request, None)
+        self._assigned.pop(request, None)
 
     def is_control(self, request: Request) -> bool:
         """Whether a request keeps the base draft whatever there is, so that adapters have something to compare with."""
@@ -139,13 +164,12 @@ class EagleAdapters:
         return layout, [{name: stack[slot] for name, stack in stacks.items()} for slot in range(config.num_slots)]
 
     def _key(self, request: Request) -> str | None:
-        state = request.draft_state
-        if state.adapter_key == UNDECIDED:
+        if request not in self._keys:
             key = adapter_key(self.config.key_scope, request.tenant, request.domain)
             digest = blake2b(request.request_id.encode(), digest_size=4, person=b"control").digest()
             is_control = int.from_bytes(digest) < self.config.log.control_share * 2**32
-            state.adapter_key = None if is_control else key
-        return state.adapter_key
+            self._keys[request] = None if is_control else key
+        return self._keys[request]
 
     def _has_changed(self) -> bool:
         """Whether something was published since the last look, or nobody can tell."""

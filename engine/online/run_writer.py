@@ -72,6 +72,8 @@ class RunWriter:
         """Rows that runs have at most to be written together, a context has at most, and steps are written at: with a
         last step of ``MAX_COPIED_TOKENS`` more, a run fits into the smallest ring."""
         self._max_context = min(config.log.context_tokens, self.max_block)
+        self._logged_at: dict[Request, float] = {}
+        """When (``time.monotonic``) each request was logged last, with its context or after it."""
         self._look_at, self._num_lost, self._lost_at = 0.0, 0, -math.inf
         """When to look around, how many records were lost so far, and when the last ones were."""
 
@@ -100,10 +102,15 @@ class RunWriter:
                 self._log.log(whole)
                 num_before, context = num_before + record.num_features, b""
 
+    def forget(self, request: Request) -> None:
+        """A request has ended."""
+        self._logged_at.pop(request, None)
+
     def _with_context(self, request: Request, steps: UnwrittenSteps) -> Chunk:
         """The steps' own tokens; the first time, and after a while without any, also those before."""
-        start, state, now = steps.start, request.draft_state, time.monotonic()
-        logged_at, state.logged_at = state.logged_at, now
+        start, now = steps.start, time.monotonic()
+        logged_at = self._logged_at.get(request, -math.inf)
+        self._logged_at[request] = now
         if now - logged_at >= _CONTEXT_SECONDS or logged_at <= self._lost_at:
             start = max(0, start - self._max_context)
         before = request.all_token_ids[start : steps.start]

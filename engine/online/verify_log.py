@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
+import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from evospec.engine.draft_vocab.vocab import TOP_K, TopK
-from evospec.engine.messages import AlignmentStats
-from evospec.engine.online.adapters import EagleAdapters
+from evospec.engine.draft_vocab.vocab import TOP_K
+from evospec.engine.learner import Learner
+from evospec.engine.messages import AlignmentStats, EngineStats
+from evospec.engine.online.adapters import Assignment, EagleAdapters
 from evospec.engine.online.run_writer import RunWriter
 from evospec.engine.online.verify_record import UnwrittenSteps, VerifyRecord, pack_top_k
 from evospec.engine.request import Request
-from evospec.engine.verification import Verification
+from evospec.engine.step import Step, StepClock, Verification
 from evospec.kernels.native import Team
-from evospec.kernels.topk import topk_rows_on_host
 
 _SAVED_SECONDS = 0.2
 """So much of the time for logging is there at first, and can be saved up."""
@@ -49,7 +50,7 @@ class TimeBudget:
         self._saved -= seconds
 
 
-class VerifyLog:
+class VerifyLog(Learner):
     """Logs steps, drafted or not, and their features. It never waits: what cannot be taken is dropped and counted.
 
     Requests are logged whole, or not: where nothing may be learned from them, or, but for synthetic ones, where logging
@@ -64,90 +65,79 @@ class VerifyLog:
         team: threads of the compiled kernels (None: the calling one).
     """
 
+    part = "log"
+
     def __init__(self, adapters: EagleAdapters, writer: RunWriter, team: Team | None = None) -> None:
         self._adapters, self._writer, self._team, self._options = adapters, writer, team, adapters.config.log
         self._budget = TimeBudget(self._options.cost_share, _SAVED_SECONDS)
         self._random = random.Random()
+        self._are_logged: dict[Request, bool] = {}
+        """Whether the steps of each request are; decided at the first."""
+        self._unwritten: dict[Request, UnwrittenSteps] = {}
+        """The last steps of requests that are to be logged."""
         self._num_steps = self._num_hard = self._num_sampled = 0
 
     @torch.inference_mode()
-    def write(
-        self,
-        verified: Sequence[Verification],
-        logits: torch.Tensor,
-        first_right: Mapping[str, bool | None],
-    ) -> TopK | None:
-        """Log of a step what is worth it, once its features are stored and before it is committed.
-
-        Args:
-            verified: all sequences of the step.
-            logits: [L, vocab] float32, as the target has computed them.
-            first_right: of the requests that were drafted for, whatever of that was verified, whether the first token
-                is the target's choice (None: it was copied).
-
-        Returns:
-            the target's most likely tokens at rows from which kept ones were chosen; None where nothing is logged.
-        """
-        steps = [one for one in verified if one.kept]
+    def learn(self, step: Step) -> None:
+        """Log of a step what is worth it, once its features are stored."""
+        steps = [one for one in step.verified if one.kept]
         self._num_steps += len(steps)
         logged = [one for one in steps if self._is_logged(one.request)]
         if not logged:
-            return None
+            return
         started = time.perf_counter()
-        k, most = self._options.top_k, max(self._options.top_k, TOP_K)
-        rows = [row for one in steps for row in one.rows]  # refused drafts have others
-        values, token_ids = topk_rows_on_host(logits, most, self._team, rows)
-        ids = token_ids.astype(np.int32)
-        self._log_steps(steps, first_right, values[:, :k].astype(np.float16), ids[:, :k])
+        k, rows = self._options.top_k, [row for one in steps for row in one.rows]  # refused drafts have others
+        logits, ids = step.top_k(rows, max(k, TOP_K), self._team)
+        self._log_steps(steps, logits[:, :k].astype(np.float16), ids[:, :k])
         if not logged[0].request.is_synthetic:
             self._budget.spend(time.perf_counter() - started)
-        likely, place = ids[:, :TOP_K], {row: number for number, row in enumerate(rows)}
-        return lambda wanted: likely[[place[row] for row in wanted]]
 
-    def record_step(self, seconds: float) -> None:
-        """A step took so long."""
-        self._budget.earn(seconds)
+    def measured(self, step: Step, clock: StepClock) -> None:
+        self._budget.earn(clock.seconds)
 
-    def forget(self, request: Request) -> None:
-        """A request has ended, or loses its blocks: its last steps are written."""
-        if request.draft_state.unwritten is not None:
+    def preempt(self, request: Request) -> None:
+        """A request loses its blocks: its last steps are written."""
+        if request in self._unwritten:
             self._write([request])
 
-    def _log_steps(
-        self,
-        steps: Sequence[Verification],
-        first_right: Mapping[str, bool | None],
-        logits: NDArray[np.float16],
-        ids: NDArray[np.int32],
-    ) -> None:
+    def end(self, request: Request) -> None:
+        self.preempt(request)
+        self._are_logged.pop(request, None)
+        self._writer.forget(request)
+
+    def _log_steps(self, steps: Sequence[Verification], logits: NDArray[np.float16], ids: NDArray[np.int32]) -> None:
         """Those worth it; ``logits`` and ``ids`` [n, k] are the target's most likely tokens after each kept one."""
         now, is_time, end = time.monotonic(), False, 0
         for one in steps:
             first, end = end, end + len(one.kept)
-            request, state = one.request, one.request.draft_state
-            if not state.is_logged:
+            request = one.request
+            if not self._are_logged.get(request):
                 continue
-            is_sampled, is_right = self._is_sampled(request), first_right.get(request.request_id)
-            record = _record(one, is_right, is_sampled, ids[first:end], logits[first:end])
-            if state.unwritten is not None and state.unwritten.next_position != record.position:
+            is_sampled, assignment = self._is_sampled(request), self._adapters.assignment(request)
+            record = _record(one, assignment, is_sampled, ids[first:end], logits[first:end])
+            unwritten = self._unwritten.get(request)
+            if unwritten is not None and unwritten.next_position != record.position:
                 self._write([request])
+                unwritten = None
             if is_sampled or record.teaches(self._options.kl_threshold):
                 self._num_hard += not is_sampled
                 self._num_sampled += is_sampled
-                state.unwritten = state.unwritten or UnwrittenSteps(began_at=now)
-                state.unwritten.add(record, one.sequence.block_ids)
-            if state.unwritten is not None:
+                if unwritten is None:
+                    unwritten = self._unwritten[request] = UnwrittenSteps(began_at=now)
+                unwritten.add(record, one.sequence.block_ids)
+            if unwritten is not None:
                 is_last = one.truncation is not None and one.truncation.finish_reason is not None
-                is_time |= is_last or state.unwritten.are_enough(now, self._writer.max_block)
+                is_time |= is_last or unwritten.are_enough(now, self._writer.max_block)
         if is_time:
             self._write([one.request for one in steps])
 
     def _write(self, requests: Sequence[Request]) -> None:
         """All steps of requests that wait for it."""
-        runs = [(request, steps) for request in requests if (steps := request.draft_state.unwritten) is not None]
+        runs = [(request, steps) for request in requests if (steps := self._unwritten.pop(request, None)) is not None]
         self._writer.write(runs)
-        for request, _ in runs:
-            request.draft_state.unwritten = None
+
+    def add_stats(self, stats: EngineStats) -> EngineStats:
+        return msgspec.structs.replace(stats, alignment=self.stats())
 
     def stats(self) -> AlignmentStats:
         """For metrics."""
@@ -167,11 +157,11 @@ class VerifyLog:
         )
 
     def _is_logged(self, request: Request) -> bool:
-        state = request.draft_state
-        if state.is_logged is None:
+        is_logged = self._are_logged.get(request)
+        if is_logged is None:
             has_room = request.is_synthetic or self._adapters.is_control(request) or self._budget.is_left()
-            state.is_logged = request.learn and has_room
-        return state.is_logged
+            is_logged = self._are_logged[request] = request.learn and has_room
+        return is_logged
 
     def _is_sampled(self, request: Request) -> bool:
         # The guard compares adapters with control requests, of which there are few: it gets all of their steps.
@@ -180,13 +170,16 @@ class VerifyLog:
 
 def _record(
     one: Verification,
-    first_right: bool | None,
+    assignment: Assignment,
     is_sampled: bool,
     ids: NDArray[np.int32],
     logits: NDArray[np.float16],
 ) -> VerifyRecord:
-    """What a step says by itself; ``ids`` and ``logits`` [n, k]: the target's most likely tokens at each kept one."""
-    sequence, request, assignment = one.sequence, one.request, one.request.draft_state.adapter
+    """What a step says by itself.
+
+    ``assignment``: who drafted; ``ids`` and ``logits`` [n, k]: the target's most likely tokens at each kept one.
+    """
+    sequence, request, proposal = one.sequence, one.request, one.sequence.proposal
     num_accepted, drafted = len(one.kept) - 1, sequence.draft_token_ids
     if one.num_accepted > num_accepted:  # the output stops at a right one: the rest was not looked at
         drafted = drafted[:num_accepted]
@@ -210,6 +203,6 @@ def _record(
         feature_generation=0,
         num_features=len(one.kept),
         copied=one.source == "lookup",
-        first_right=first_right,
+        first_right=None if proposal.is_copied or not proposal.drafted else one.outcomes(proposal.drafted)[0],
         is_synthetic=request.is_synthetic,
     )

@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from evospec.engine.draft_state import BASE, Assignment
 from evospec.engine.models.config import ModelSpec
 from evospec.engine.models.eagle3 import Eagle3
 from evospec.engine.models.eagle3_config import Eagle3Config, recorded_layers
 from evospec.engine.models.weights import WeightSource
-from evospec.engine.online.adapters import EagleAdapters
+from evospec.engine.online.adapters import BASE, Assignment, EagleAdapters
 from evospec.engine.online.weight_layout import WeightLayout
 from evospec.engine.request import Request
 from evospec.engine.speculation.drafters.eagle_network import EagleNetwork
@@ -62,7 +61,7 @@ class WholeDraft(EagleAdapters):
         """Take over what was published, and say for which of a step's decoding requests there is a draft."""
         self.refresh()
         self.assign(requests)
-        return [request.draft_state.adapter != BASE for request in requests]
+        return [self.assignment(request) != BASE for request in requests]
 
     def _make_slots(self, draft: Eagle3, base: str) -> tuple[WeightLayout, Sequence[Mapping[str, torch.Tensor]]]:
         layout = whole_layout(draft.config, base)

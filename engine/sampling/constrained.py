@@ -10,7 +10,7 @@ import structlog
 from evospec.engine.request import Request
 from evospec.engine.sampling.grammar_cursor import GRAMMAR_FAILED, GrammarCursor
 from evospec.engine.sampling.grammar_pool import GrammarPool
-from evospec.engine.step_plan import ScheduledSequence
+from evospec.engine.step import ScheduledSequence
 
 log = structlog.get_logger(__name__)
 
@@ -53,16 +53,18 @@ class ConstrainedRequests:
             else:
                 request.is_stalled = not cursor.is_known and (request.is_stalled or cursor.is_slow)
 
-    def ask(self) -> None:
+    def ask(self, sequences: Iterable[ScheduledSequence]) -> None:
         """Ask for the masks of a step, and for those of sequences that wait for theirs."""
+        if not self._running:
+            return
+        drafts = {sequence.request: sequence.draft_token_ids for sequence in sequences}
         for request, cursor in self._running.values():
             try:
-                cursor.ask([] if cursor.is_slow else [*request.draft_token_ids])
+                cursor.ask([] if cursor.is_slow else drafts.get(request, []))
             except Exception:
                 log.exception("a grammar cannot be enforced", request=request.request_id)
                 cursor.failure = GRAMMAR_FAILED
-        if self._running:
-            self._pool.flush()
+        self._pool.flush()
 
     def wait(self, sequences: Iterable[ScheduledSequence]) -> None:
         """Give the masks of a step a moment to come, but those that are known to take long."""

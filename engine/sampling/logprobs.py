@@ -8,7 +8,7 @@ import msgspec
 import torch
 
 from evospec.engine.messages import TokenLogprob
-from evospec.engine.step_plan import ScheduledSequence
+from evospec.engine.step import ScheduledSequence
 from evospec.kernels.log_probabilities import log_probabilities
 from evospec.kernels.native import Team
 

@@ -1,7 +1,8 @@
-"""The draft that the configuration asks for, and the speculator that drafts with it."""
+"""The draft that the configuration asks for, who drafts with it, and who learns from its steps."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import structlog
@@ -9,6 +10,7 @@ import torch
 
 from evospec.engine.config import EngineConfig
 from evospec.engine.draft_vocab.running_texts import RunningTexts
+from evospec.engine.learner import Drafter, Learner
 from evospec.engine.loader import LoadedModel, load
 from evospec.engine.model_runner import ModelRunner
 from evospec.engine.models.config import ModelError, ModelFiles
@@ -19,6 +21,7 @@ from evospec.engine.models.registry import resolve_model, validate_model_files
 from evospec.engine.models.weights import open_weights
 from evospec.engine.online.adapters import EagleAdapters
 from evospec.engine.online.whole_draft import WholeDraft, growing_config, growing_fingerprint
+from evospec.engine.optional_parts import OptionalParts
 from evospec.engine.speculation import draft_files
 from evospec.engine.speculation.draft_files import (
     check_same_tokens,
@@ -37,7 +40,7 @@ from evospec.engine.speculation.length.adaptive import AdaptiveLength
 from evospec.engine.speculation.length.cost_meter import CostMeter
 from evospec.engine.speculation.length.costs import StepCosts
 from evospec.engine.speculation.length.policy import LengthPolicy
-from evospec.engine.speculation.speculator import Speculator
+from evospec.engine.speculation.speculator import AcceptanceAlarm, Speculator
 from evospec.engine.text.tokenizer import Tokenizer
 from evospec.kernels.session_library import missing_reason
 
@@ -172,18 +175,42 @@ def _load_draft_model(config: EngineConfig, target: LoadedModel, files: ModelFil
     return DraftModel(loaded, model.name, config.cache, head)
 
 
-def make_speculator(
-    config: EngineConfig, draft: Draft, runner: ModelRunner, max_model_len: int
-) -> tuple[Speculator, StepCosts | None]:
-    """An engine's speculator, and what its steps cost on this machine; None where lengths are fixed.
+@dataclass(frozen=True)
+class Speculation:
+    """Who drafts in an engine's steps, and who learns from them, in this order; without a draft nobody does."""
 
-    Measuring that makes up entries in the KV cache of ``runner``, the target's.
+    drafter: Drafter = field(default_factory=Drafter)
+    learners: list[Learner] = field(default_factory=list)
+    costs: StepCosts | None = None
+    """What steps cost on this machine; None without drafts, or where their lengths are fixed."""
+
+    @property
+    def capture_layers(self) -> tuple[int, ...]:
+        """The target's layers whose output some learner wants."""
+        return tuple(sorted({layer for learner in self.learners for layer in learner.capture_layers}))
+
+
+def make_speculation(
+    config: EngineConfig, draft: Draft | None, runner: ModelRunner, max_model_len: int, parts: OptionalParts
+) -> Speculation:
+    """An engine's drafter and learners: a new one is a line here.
+
+    To measure what steps cost makes up entries in the KV cache of ``runner``, the target's.
     """
-    speculation, proposer = config.speculation, draft.make_proposer(runner.num_blocks)
-    costs = CostMeter(runner, proposer, config, max_model_len, draft.vocab).measure() if speculation.adaptive else None
+    if draft is None:
+        return Speculation()
+    speculation, proposer, vocab = config.speculation, draft.make_proposer(runner.num_blocks), draft.vocab
+    costs = CostMeter(runner, proposer, config, max_model_len, vocab).measure() if speculation.adaptive else None
     policy = LengthPolicy() if costs is None else AdaptiveLength(costs, stops_early=proposer.stops_early)
-    copies_itself = isinstance(proposer, NgramProposer)
-    texts = draft.vocab.texts if draft.vocab is not None else RunningTexts(2 * config.scheduler.max_num_seqs)
-    lookup = PromptLookup(texts) if speculation.copies and speculation.adaptive and not copies_itself else None
-    sizes = speculation.num_speculative_tokens, runner.vocab_size
-    return Speculator(proposer, policy, *sizes, lookup, draft.vocab), costs
+    texts = vocab.texts if vocab is not None else RunningTexts(2 * config.scheduler.max_num_seqs)
+    copies = speculation.copies and speculation.adaptive and not isinstance(proposer, NgramProposer)
+    lookup = PromptLookup(texts) if copies else None
+    learners: list[Learner] = [proposer, policy, AcceptanceAlarm()]
+    if proposer.verify_log is not None:
+        learners.append(proposer.verify_log)
+    if vocab is not None:
+        vocab.begins_later = lambda request: not policy.drafts_for_most(request.tenant)
+        learners.append(vocab)
+    learners.append(texts)
+    drafter = Speculator(proposer, policy, speculation.num_speculative_tokens, parts, lookup, vocab)
+    return Speculation(drafter, learners, costs)

@@ -12,7 +12,6 @@ import shutil
 import uuid
 from array import array
 from collections import defaultdict
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +36,7 @@ from evospec.engine.request import Request
 from evospec.engine.speculation.length.cost_meter import CostMeter
 from evospec.engine.speculation.length.costs import Curve, StepCosts
 from evospec.engine.speculation.speculator import Speculator
-from evospec.engine.step_plan import ScheduledSequence
+from evospec.engine.step import Proposals, ScheduledSequence
 from evospec.kernels import native
 from tests.alignment import exchange_whole_drafts, make_alignment, make_prompts, read_records
 from tests.combinations import pairwise
@@ -368,12 +367,12 @@ def cut_all_each_second(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, int]
     cut = Speculator._cut
     firsts: dict[tuple[str, int], int] = {}
 
-    def cut_or_drop(self: Speculator, requests: Sequence[Request]) -> None:
-        cut(self, requests)
+    def cut_or_drop(self: Speculator, proposals: Proposals) -> None:
+        cut(self, proposals)
         if next(turns) % 2:
-            for request in requests:
-                firsts[request.request_id, len(request.all_token_ids)] = request.draft_token_ids[0]
-                request.draft_token_ids = []  # another list: the chain keeps this one
+            for request, proposal in proposals.items():
+                firsts[request.request_id, len(request.all_token_ids)] = proposal.token_ids[0]
+                proposal.token_ids = []  # another list: that of all drafts is kept
 
     monkeypatch.setattr(Speculator, "_cut", cut_or_drop)
     return firsts

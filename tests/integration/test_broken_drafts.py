@@ -16,6 +16,7 @@ from evospec.engine.models.config import ModelFiles
 from evospec.engine.models.eagle3 import save_draft
 from evospec.engine.speculation.drafters.head import COUNTS_FILE
 from evospec.engine.speculation.length.policy import LengthPolicy
+from evospec.engine.speculation.speculator import Speculator
 from tests.combinations import pairwise
 from tests.tiny_drafts import Engine, Setting, random_draft
 from tests.tiny_models import VOCAB_SIZE, make_directory
@@ -56,8 +57,8 @@ def test_answers_are_the_targets(
     sampling = [SamplingParams(max_tokens=16, seed=n, temperature=temperature, ignore_eos=True) for n in range(3)]
     plain, drafted = (Engine(files, Setting(), each, dtype=dtype) for each in (None, speculation))
     assert drafted.generate(PROMPTS, sampling) == plain.generate(PROMPTS, sampling)
-    assert drafted.core._speculator is not None
-    vocab = drafted.core._speculator._vocab
+    assert isinstance(drafted.core._drafter, Speculator)
+    vocab = drafted.core._drafter._vocab
     if vocab is not None:
         memory = vocab._past._memory
         assert memory is not None

@@ -22,7 +22,7 @@ from evospec.engine.speculation.drafters.eagle import EagleProposer
 from evospec.engine.speculation.drafters.lookup import PromptLookup
 from evospec.engine.speculation.length.cost_meter import CostMeter
 from evospec.engine.speculation.length.costs import Curve, StepCosts
-from evospec.engine.speculation.length.policy import Copy
+from evospec.engine.step import Copy
 from tests.tiny_drafts import Engine, Setting, make_draft_directory
 from tests.tiny_models import make_directory
 
@@ -243,7 +243,7 @@ def test_a_copy_goes_on_as_the_longest_repeat_did() -> None:
 
 def test_a_prediction_follows_the_prompts_end() -> None:
     lookup, request = PromptLookup(RunningTexts(8)), request_of([7, 5, 6, 7, 8])
-    request.draft_state.prediction = [20, 21, 22, 23, 24, 25]
+    request.prediction = [20, 21, 22, 23, 24, 25]
     copy = look(lookup, request, 4)
     assert copy is not None
     assert copy.token_ids == [20, 21, 22, 23]
@@ -255,7 +255,7 @@ def test_a_prediction_follows_the_prompts_end() -> None:
 
 def test_a_long_prediction_leaves_room_for_the_prompts_end() -> None:
     lookup, request = PromptLookup(RunningTexts(8)), request_of([*range(100, 9000), 1, 2, 3])
-    request.draft_state.prediction = [5] * 9000
+    request.prediction = [5] * 9000
     copy = look(lookup, request, 2)
     assert copy is not None
     assert copy.token_ids == [5, 5]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from evospec.engine.config import DynamicConfig, SpeculationConfig
 from evospec.engine.messages import SamplingParams
 from evospec.engine.models.config import ModelFiles
+from evospec.engine.request import Request
 from evospec.engine.speculation.drafters.eagle import EagleProposer
 from evospec.engine.speculation.drafters.head import DraftHead
-from evospec.engine.speculation.length.policy import Chain, Draftable, LengthPolicy
-from evospec.engine.step_plan import DraftSlot
+from evospec.engine.speculation.length.policy import EarlyStop, LengthPolicy
+from evospec.engine.step import DraftSlot, Proposal, Proposals
 from evospec.kernels import native
 from evospec.kernels.native_chain import CONFIDENCE_LEVELS, ChainBatch, ChainResult, NativeChain, StopRule
 from tests.tiny_drafts import Engine, Setting, make_draft_directory
@@ -70,10 +71,12 @@ class DraftsTaken:
         self._greedy = greedy
         propose = EagleProposer.propose
 
-        def recorded(proposer: EagleProposer, slots: Sequence[DraftSlot], stop: StopRule | None = None) -> None:
-            propose(proposer, slots, stop)
+        def recorded(proposer: EagleProposer, slots: Sequence[DraftSlot], stop: EarlyStop | None = None) -> Proposals:
+            proposals = propose(proposer, slots, stop)
             for slot in slots:
-                self.drafts[slot.request.request_id, slot.request.num_tokens] = slot.request.draft_token_ids.copy()
+                drafts = proposals.get(slot.request, Proposal()).token_ids.copy()
+                self.drafts[slot.request.request_id, slot.request.num_tokens] = drafts
+            return proposals
 
         monkeypatch.setattr(EagleProposer, "propose", recorded)
 
@@ -115,7 +118,7 @@ class Stopping:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[Call] = []
         self.judged: list[tuple[int, int, Sequence[bool]]] = []
-        cut: dict[Draftable, int] = {}
+        cut: dict[Request, int] = {}
         run, chance = NativeChain.run, np.random.default_rng(2)
 
         def recorded(chain: NativeChain, batch: ChainBatch, *arguments: Any) -> ChainResult:
@@ -123,26 +126,27 @@ class Stopping:
             self.calls.append((batch, result))
             return result
 
-        def rule(policy: LengthPolicy, sequences: Sequence[Draftable], lengths: Sequence[int]) -> StopRule:
-            for one, length in zip(sequences, lengths, strict=True):
-                one.tenant_number = int(chance.integers(TENANTS))
-                one.acceptance = chance.uniform(0.3, 1.0, length).tolist()
-            return StopRule(
+        def stop(policy: LengthPolicy, lengths: Mapping[Request, int]) -> EarlyStop:
+            rule = StopRule(
                 chances=chance.uniform(0.5, 1.0, (TENANTS, 2, CONFIDENCE_LEVELS)).astype(np.float32),
-                verify_costs=chance.uniform(0.0, 0.2, max(lengths)).tolist(),
+                verify_costs=chance.uniform(0.0, 0.2, max(lengths.values())).tolist(),
                 draft_cost=float(chance.uniform(0.0, 1.2)),
             )
+            tenants = {one: int(chance.integers(TENANTS)) for one in lengths}
+            return EarlyStop(
+                rule, tenants, {one: chance.uniform(0.3, 1.0, length).tolist() for one, length in lengths.items()}
+            )
 
-        def worth(policy: LengthPolicy, sequences: Sequence[Draftable], chains: Sequence[Chain]) -> list[int]:
-            lengths = [int(chance.integers(0, len(of_one.confidence) + 1)) for of_one in chains]
-            cut.update(zip(sequences, lengths, strict=True))
+        def worth(policy: LengthPolicy, proposals: Proposals) -> list[int]:
+            lengths = [int(chance.integers(0, len(one.confidence) + 1)) for one in proposals.values()]
+            cut.update(zip(proposals, lengths, strict=True))
             return lengths
 
-        def record(policy: LengthPolicy, sequence: Draftable, of_one: Chain, outcomes: Sequence[bool]) -> None:
-            self.judged.append((cut[sequence], len(of_one.confidence), outcomes))
+        def record(policy: LengthPolicy, request: Request, proposal: Proposal, outcomes: Sequence[bool]) -> None:
+            self.judged.append((cut[request], len(proposal.confidence), outcomes))
 
         monkeypatch.setattr(NativeChain, "run", recorded)
-        monkeypatch.setattr(LengthPolicy, "stop_rule", rule)
+        monkeypatch.setattr(LengthPolicy, "stop_rule", stop)
         monkeypatch.setattr(LengthPolicy, "worth_verifying", worth)
         monkeypatch.setattr(LengthPolicy, "record_drafts", record)
 

@@ -19,7 +19,6 @@ from msgspec import structs
 
 from evospec.engine.attention.base import AttentionSpec
 from evospec.engine.attention.torch_paged import TorchPagedAttention
-from evospec.engine.batch import Features
 from evospec.engine.config import CacheConfig, EngineConfig, ModelConfig, RuntimeConfig, SpeculationConfig
 from evospec.engine.loader import LoadedModel, load
 from evospec.engine.messages import SamplingParams
@@ -32,10 +31,10 @@ from evospec.engine.request import Request
 from evospec.engine.speculation.drafters import kv as entries
 from evospec.engine.speculation.drafters.base import Proposer
 from evospec.engine.speculation.drafters.eagle import EagleDraft
-from evospec.engine.speculation.drafters.head import DraftHead, next_positions
+from evospec.engine.speculation.drafters.head import DraftHead
 from evospec.engine.speculation.drafters.kv import Chunk
-from evospec.engine.step_plan import DraftSlot, ScheduledSequence
-from evospec.kernels.native_chain import StopRule
+from evospec.engine.speculation.length.policy import EarlyStop
+from evospec.engine.step import DraftSlot, Proposal, Proposals, Step
 from tests.tiny_drafts import Engine, Setting, random_draft
 from tests.tiny_models import make_directory
 
@@ -55,10 +54,10 @@ class OracleHead(DraftHead):
         self.hidden: dict[tuple[int, int], torch.Tensor] = {}
         """By the request's seed and the position of the token chosen."""
 
-    def choose_for(self, hidden: torch.Tensor, requests: Sequence[Request]) -> list[int]:
+    def choose_for(self, hidden: torch.Tensor, requests: Sequence[Request], proposals: Sequence[Proposal]) -> list[int]:
         choices = []
-        for row, (request, position) in enumerate(zip(requests, next_positions(requests), strict=True)):
-            seed = request.sampling.seed
+        for row, (request, proposal) in enumerate(zip(requests, proposals, strict=True)):
+            seed, position = request.sampling.seed, request.num_tokens + len(proposal.token_ids)
             self.hidden[seed, position] = hidden[row].clone()
             truth = self._truth[seed]
             is_right = position < len(truth) and self._chance.random() < 0.8
@@ -92,28 +91,33 @@ class Watcher(Proposer):
     def num_unread(self, request: Request) -> int:
         return self._proposer.num_unread(request)
 
-    def propose(self, slots: Sequence[DraftSlot], stop: StopRule | None = None) -> None:
+    def propose(self, slots: Sequence[DraftSlot], stop: EarlyStop | None = None) -> Proposals:
         if self._paused == 0 and self._chance.random() < 0.05:
             self._paused = self._chance.randrange(30)
         self._paused = max(self._paused - 1, 0)
         longest = 0 if self._paused else MAX_DRAFTS
         slots = [structs.replace(s, num_tokens=min(s.num_tokens, self._chance.randint(0, longest))) for s in slots]
         self._head.hidden.clear()
-        self._proposer.propose(slots)
+        proposals = self._proposer.propose(slots)
         for slot in slots:
-            tokens, drafts = slot.request.all_token_ids, slot.request.draft_token_ids
+            if slot.request not in proposals:
+                continue
+            tokens, drafts = slot.request.all_token_ids, proposals[slot.request].token_ids
             assert len(drafts) <= slot.num_tokens
             for index in range(len(drafts)):
                 hidden = self._head.hidden[slot.request.sampling.seed, len(tokens) + index]
                 self.observations.append(Observation(tokens.copy(), drafts[:index], hidden))
 
-    def after_verification(
-        self, sequences: Sequence[ScheduledSequence], num_kept: Sequence[int], features: Features | None
-    ) -> None:
-        self._proposer.after_verification(sequences, num_kept, features)
+        return proposals
 
-    def forget(self, request: Request) -> None:
-        self._proposer.forget(request)
+    def learn(self, step: Step) -> None:
+        self._proposer.learn(step)
+
+    def preempt(self, request: Request) -> None:
+        self._proposer.preempt(request)
+
+    def end(self, request: Request) -> None:
+        self._proposer.end(request)
 
 
 class FromScratch:

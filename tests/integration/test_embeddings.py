@@ -18,7 +18,7 @@ from evospec.engine.messages import EngineOutput, EngineRequest, SamplingParams
 from evospec.engine.models.config import ModelFiles
 from evospec.engine.prompt_embeddings import collect_embeddings, take_embedding
 from evospec.engine.request import Request
-from evospec.engine.step_plan import ScheduledSequence
+from evospec.engine.step import ScheduledSequence
 from tests.integration.running_api import Api
 from tests.reference_logits import transformers_model
 from tests.tiny_drafts import CLIENT, Engine, Setting, with_draft

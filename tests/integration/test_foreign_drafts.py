@@ -19,9 +19,9 @@ from evospec.engine.models.config import ModelFiles
 from evospec.engine.speculation import speculator
 from evospec.engine.speculation.drafters.eagle import EagleProposer
 from evospec.engine.speculation.drafters.head import COUNTS_FILE, DraftHead
-from evospec.engine.step_plan import DraftSlot
+from evospec.engine.speculation.length.policy import EarlyStop
+from evospec.engine.step import DraftSlot, Proposals
 from evospec.kernels import native
-from evospec.kernels.native_chain import StopRule
 from tests.exactness import SAMPLED, SETTINGS
 from tests.foreign_drafts import CHECKPOINTS, NUM_LAYERS, VOCAB, Checkpoint
 from tests.reference.eagle3 import ReferenceDraft
@@ -58,9 +58,12 @@ def drafted(monkeypatch: pytest.MonkeyPatch) -> Drafted:
     taken: Drafted = []
     propose = EagleProposer.propose
 
-    def recorded(proposer: EagleProposer, slots: Sequence[DraftSlot], stop: StopRule | None = None) -> None:
-        propose(proposer, slots, stop)
-        taken.extend((slot.request.all_token_ids.copy(), slot.request.draft_token_ids.copy()) for slot in slots)
+    def recorded(proposer: EagleProposer, slots: Sequence[DraftSlot], stop: EarlyStop | None = None) -> Proposals:
+        proposals = propose(proposer, slots, stop)
+        for slot in slots:
+            drafts = proposals[slot.request].token_ids if slot.request in proposals else []
+            taken.append((slot.request.all_token_ids.copy(), drafts.copy()))
+        return proposals
 
     monkeypatch.setattr(EagleProposer, "propose", recorded)
     return taken

@@ -25,7 +25,6 @@ import pydantic
 import pytest
 import tokenizers
 import torch
-from evospec.engine.step_plan import DraftSlot
 
 from benchmarks.attack.compiling import SLOW
 from evospec.engine.config import ModelConfig, SpeculationConfig
@@ -43,9 +42,10 @@ from evospec.engine.sampling.grammar_pool import GrammarPool
 from evospec.engine.sampling.json_schema import GrammarError, check_json_schema
 from evospec.engine.sampling.sampler import Sampler, SamplingRows
 from evospec.engine.speculation.drafters.base import DraftCosts, Proposer
+from evospec.engine.speculation.length.policy import EarlyStop
+from evospec.engine.step import DraftSlot, Proposal, Proposals
 from evospec.engine.text.tokenizer import Tokenizer
 from evospec.engine.truncation import StopChecker
-from evospec.kernels.native_chain import StopRule
 from tests.grammars import begin, compiled, schema, settle, with_grammar
 from tests.tiny_drafts import Engine, Setting
 from tests.tiny_models import make_directory
@@ -645,12 +645,14 @@ class TwoTries(Proposer):
     def make_proposer(self, num_blocks: int) -> Proposer:
         return self
 
-    def propose(self, slots: Sequence[DraftSlot], stop: StopRule | None = None) -> None:
+    def propose(self, slots: Sequence[DraftSlot], stop: EarlyStop | None = None) -> Proposals:
+        proposals = {}
         for slot in slots:
             if len(slot.request.output_token_ids) == 1:
-                slot.request.draft_token_ids = self._next[: slot.num_tokens]
+                proposals[slot.request] = Proposal(self._next[: slot.num_tokens])
                 self._next = self._right
                 self.num_tries += 1
+        return proposals
 
 
 def test_masks_of_drafts_that_were_dropped_are_not_used_for_others(

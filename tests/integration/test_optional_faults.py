@@ -17,10 +17,12 @@ from evospec.engine.config import SpeculationConfig
 from evospec.engine.messages import EngineOutput, EngineOutputs, EngineRequest, SamplingParams, SessionState
 from evospec.engine.models.config import ModelFiles
 from evospec.engine.models.verify import FileCheck
+from evospec.engine.online.verify_log import VerifyLog
 from evospec.engine.optional_parts import FIRST_PAUSE, MOST_FAULTS, OptionalParts
 from evospec.engine.process import EngineProcess
+from evospec.engine.speculation.length.policy import Length
 from evospec.engine.speculation.speculator import Speculator
-from evospec.engine.step_plan import DraftSlot
+from evospec.engine.step import DraftSlot, Proposal, Proposals
 from tests.alignment import make_alignment
 from tests.tiny_drafts import CLIENT, Engine, Setting, with_draft
 from tests.tiny_models import VOCAB_SIZE, make_directory
@@ -59,8 +61,13 @@ def engine(files: ModelFiles, speculation: SpeculationConfig, tmp_path: Path, va
 
 
 def speculator_of(engine: Engine) -> Speculator:
-    assert engine.core._speculator is not None
-    return engine.core._speculator
+    assert isinstance(engine.core._drafter, Speculator)
+    return engine.core._drafter
+
+
+def verify_log_of(engine: Engine) -> VerifyLog:
+    [log] = [one for one in engine.core._learners if isinstance(one, VerifyLog)]
+    return log
 
 
 @pytest.fixture
@@ -78,20 +85,19 @@ def raising(_: Callable[..., Any]) -> Callable[..., Any]:
     return fail
 
 
-def too_many_lengths(function: Callable[..., list[int]]) -> Callable[..., list[int]]:
-    return lambda *arguments: [*function(*arguments), 1]
+def too_many_lengths(function: Callable[..., list[Length]]) -> Callable[..., list[Length]]:
+    return lambda *arguments: [*function(*arguments), Length(1)]
 
 
-def absurd_lengths(function: Callable[..., list[int]]) -> Callable[..., list[int]]:
-    return lambda *arguments: [10**6 * (-1) ** place for place, _ in enumerate(function(*arguments))]
+def absurd_lengths(function: Callable[..., list[Length]]) -> Callable[..., list[Length]]:
+    return lambda *arguments: [Length(10**6 * (-1) ** place) for place, _ in enumerate(function(*arguments))]
 
 
 def drafting(token_ids: Sequence[int]) -> Callable[..., Any]:
     """Drafts these tokens for all."""
 
-    def propose(slots: Sequence[DraftSlot], *_: Any) -> None:
-        for slot in slots:
-            slot.request.draft_token_ids = [*token_ids]
+    def propose(slots: Sequence[DraftSlot], *_: Any) -> Proposals:
+        return {slot.request: Proposal([*token_ids]) for slot in slots}
 
     return lambda _: propose
 
@@ -101,8 +107,8 @@ FAULTS: dict[str, tuple[str, str, str, Callable[..., Any]]] = {
     "ids too large": ("draft", "_proposer", "propose", drafting([VOCAB_SIZE])),
     "ids negative": ("draft", "_proposer", "propose", drafting([-1])),
     "more drafts than fit": ("draft", "_proposer", "propose", drafting([5] * 500)),
-    "features raise": ("draft", "_proposer", "after_verification", raising),
-    "forgetting raises": ("draft", "_proposer", "forget", raising),
+    "features raise": ("draft", "_proposer", "learn", raising),
+    "ends raise": ("draft", "_proposer", "end", raising),
     "lengths raise": ("lengths", "_policy", "lengths", raising),
     "too many lengths": ("lengths", "_policy", "lengths", too_many_lengths),
     "absurd lengths": ("", "_policy", "lengths", absurd_lengths),
@@ -111,8 +117,8 @@ FAULTS: dict[str, tuple[str, str, str, Callable[..., Any]]] = {
     "vocabulary raises": ("vocabulary", "_vocab", "follow", raising),
     "snapshots raise": ("vocabulary", "_vocab", "finish", raising),
     "sources raise": ("vocabulary", "_vocab", "in_core", raising),
-    "log raises": ("log", "_verify_log", "write", raising),
-    "statistics raise": ("log", "_verify_log", "stats", raising),
+    "log raises": ("log", "_log", "learn", raising),
+    "statistics raise": ("log", "_log", "add_stats", raising),
 }
 """Part to which it is counted, "" for none; who does what; and what becomes of that."""
 
@@ -123,8 +129,8 @@ def test_answers_are_those_without_faults(
 ) -> None:
     """Where each fifth call has the fault, and then where each has."""
     part, owner, name, make = FAULTS[fault]
-    speculator, number, every = speculator_of(engine), 0, 5
-    target = getattr(speculator, owner)
+    number, every = 0, 5
+    target = verify_log_of(engine) if owner == "_log" else getattr(speculator_of(engine), owner)
     right = getattr(target, name)
     wrong = make(right)
 
@@ -136,7 +142,8 @@ def test_answers_are_those_without_faults(
     monkeypatch.setattr(target, name, call)
     sampling = [msgspec.structs.replace(one, logprobs=1) for one in SAMPLING]
     for every in (5, 1):
-        number, speculator.parts = 0, OptionalParts()
+        number = 0
+        engine.core._parts._records.clear()
         assert engine.generate(PROMPTS, sampling, sessions=SESSIONS) == expected
         assert number
         stats = engine.core.stats()
@@ -251,7 +258,7 @@ def test_nothing_that_was_drafted_stays_of_a_step_whose_drafts_failed(
     proposer = speculator_of(engine)._proposer
     right = proposer.propose
 
-    def propose(slots: Sequence[DraftSlot], *arguments: Any) -> None:
+    def propose(slots: Sequence[DraftSlot], *arguments: Any) -> Proposals:
         right(slots, *arguments)
         raise RuntimeError("injected")
 

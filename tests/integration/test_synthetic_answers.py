@@ -12,6 +12,7 @@ from evospec.engine.core import Outputs
 from evospec.engine.messages import EngineOutput, EngineRequest, SamplingParams
 from evospec.engine.models.config import ModelFiles
 from evospec.engine.models.verify import FileCheck
+from evospec.engine.online.verify_log import VerifyLog
 from evospec.engine.process import EngineProcess
 from tests.alignment import read_records
 from tests.integration import test_growing
@@ -111,9 +112,7 @@ def test_they_take_no_prefix_from_the_cache(engine: TwoClients, is_synthetic: bo
 
 def test_all_of_them_are_logged_and_cost_others_no_record(files: ModelFiles, config: AdaptersConfig) -> None:
     engine = TwoClients(files, Setting(), config)
-    assert engine.core._speculator is not None
-    log = engine.core._speculator._verify_log
-    assert log is not None
+    [log] = [one for one in engine.core._learners if isinstance(one, VerifyLog)]
     log._budget._saved = -1.0  # a request of a client would not be logged
     engine.write("a", PROMPT)
     engine.run()

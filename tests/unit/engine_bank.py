@@ -9,13 +9,12 @@ import torch
 
 from benchmarks.distillation.whole_draft import DistilledDraft
 from evospec.engine.adapters_config import AdaptersConfig, TokenLogConfig
-from evospec.engine.draft_state import Assignment
 from evospec.engine.messages import SamplingParams
 from evospec.engine.models.decoder import RotaryEmbedding
 from evospec.engine.models.eagle3 import Eagle3
 from evospec.engine.models.eagle3_config import Eagle3Config
 from evospec.engine.models.lora import lora_layout
-from evospec.engine.online.adapters import EagleAdapters
+from evospec.engine.online.adapters import Assignment, EagleAdapters
 from evospec.engine.online.shared_file import SharedFile
 from evospec.engine.online.weight_channel import WeightWriter
 from evospec.engine.online.whole_draft import whole_layout
@@ -65,7 +64,7 @@ class Bank:
     def assign(self, *requests: Request) -> list[Assignment]:
         self.engine.refresh()
         self.engine.assign(requests)
-        return [request.draft_state.adapter for request in requests]
+        return [self.engine.assignment(request) for request in requests]
 
     def value(self, request: Request) -> float:
         """The number that all weights of a request's adapter are."""

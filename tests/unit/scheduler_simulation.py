@@ -10,7 +10,7 @@ from evospec.engine.config import CacheConfig, SchedulerConfig
 from evospec.engine.messages import SamplingParams
 from evospec.engine.request import Request
 from evospec.engine.scheduler import Scheduler
-from evospec.engine.step_plan import DraftSlot, ScheduledSequence, SchedulerOutput
+from evospec.engine.step import Batch, Decodes, DraftSlot, Proposal, ScheduledSequence
 from tests.unit.simulated_kv import SimulatedKV
 
 BLOCK_SIZE = 16
@@ -67,13 +67,15 @@ class Simulation:
         self._accuracy = accuracy
         self._stalling = stalling
         self._stalled: dict[Request, int] = {}  # steps left
+        self._proposals: dict[Request, Proposal] = {}
         self._random = random.Random(0)
 
-    def step(self, abort: str | None = None) -> SchedulerOutput:
+    def step(self, abort: str | None = None) -> Batch:
         """One step; ``abort``: a request id that is aborted between schedule and commit."""
-        decodes, slots = self.scheduler.reserve(self if self._num_drafts else None)
-        self._draft(slots)
-        output = self.scheduler.schedule(decodes)
+        decodes = self.scheduler.begin_step()
+        slots = self.scheduler.plan(decodes, self._lengths(decodes))
+        self._proposals = {slot.request: self._draft(slot) for slot in slots}
+        output = self.scheduler.fill(slots, self._proposals)
         self._check(output)
         self._end_stalls()
         sampled = [self._forward(sequence) for sequence in output.sequences]
@@ -83,7 +85,7 @@ class Simulation:
             self._commit(sequence, token_ids, aborted=sequence.request.request_id == abort)
         return output
 
-    def run(self, max_steps: int) -> list[SchedulerOutput]:
+    def run(self, max_steps: int) -> list[Batch]:
         """Step until all is done."""
         outputs = []
         while self.scheduler.has_work():
@@ -102,7 +104,7 @@ class Simulation:
         self.scheduler.abort(request.request_id)
         self._stalled.pop(request, None)
 
-    def _check(self, output: SchedulerOutput) -> None:
+    def _check(self, output: Batch) -> None:
         sequences = output.sequences
         assert sequences or self._stalled, "a step must do something"
         assert not any(s.request.is_stalled for s in sequences)
@@ -114,9 +116,8 @@ class Simulation:
             request, known = sequence.request, sequence.request.all_token_ids
             end = sequence.start + len(sequence.token_ids) - sequence.num_draft_tokens
             assert sequence.start == request.num_computed_tokens < end <= len(known)
-            assert (
-                sequence.token_ids == known[sequence.start : end] + request.draft_token_ids[: sequence.num_draft_tokens]
-            )
+            drafts = self._proposals[request].token_ids if request in self._proposals else []
+            assert sequence.token_ids == known[sequence.start : end] + drafts
             assert sequence.num_sampled == (1 + sequence.num_draft_tokens if end == len(known) else 0)
             assert sequence.start + len(sequence.token_ids) < self.max_model_len
 
@@ -131,8 +132,7 @@ class Simulation:
         if sequence.num_sampled == 0:
             return []
         sampled: list[int] = []
-        drafts = sequence.token_ids[len(sequence.token_ids) - sequence.num_draft_tokens :]
-        for draft in [*drafts, None]:
+        for draft in [*sequence.draft_token_ids, None]:
             sampled.append(next_token(request.all_token_ids + sampled))
             if sampled[-1] != draft:
                 break
@@ -163,20 +163,25 @@ class Simulation:
                 request.is_stalled = False
                 del self._stalled[request]
 
-    def draft_lengths(self, requests: Sequence[Request], limits: Sequence[int], num_joining: int) -> list[int]:
-        stats = self.scheduler.stats()
-        assert 0 <= num_joining <= stats.num_running - len(requests) + stats.num_waiting
+    def _lengths(self, decodes: Decodes) -> list[int]:
+        stats, requests = self.scheduler.stats(), decodes.requests
+        assert 0 <= decodes.num_joining <= stats.num_running - len(requests) + stats.num_waiting
         assert all(request.num_tokens - request.num_computed_tokens == 1 for request in requests)
-        assert not any(request.draft_token_ids for request in requests)
-        return [min(limit, self._num_drafts) for limit in limits]
+        return [min(limit, self._num_drafts) for limit in decodes.limits]
 
-    def _draft(self, slots: Sequence[DraftSlot]) -> None:
-        for slot in slots:
-            request, drafts = slot.request, slot.request.draft_token_ids
-            assert request.num_tokens + slot.num_tokens <= len(slot.block_ids) * BLOCK_SIZE
-            for _ in range(slot.num_tokens):
-                right = next_token(request.all_token_ids + drafts)
-                drafts.append(right if self._random.random() < self._accuracy else 9)
+    def _draft(self, slot: DraftSlot) -> Proposal:
+        request, drafts = slot.request, list[int]()
+        assert request.num_tokens + slot.num_tokens <= len(slot.block_ids) * BLOCK_SIZE
+        for _ in range(slot.num_tokens):
+            right = next_token(request.all_token_ids + drafts)
+            drafts.append(right if self._random.random() < self._accuracy else 9)
+        return Proposal(drafts)
+
+
+def plan_step(scheduler: Scheduler) -> Batch:
+    """A step without drafts."""
+    decodes = scheduler.begin_step()
+    return scheduler.fill(scheduler.plan(decodes, [0] * len(decodes.requests)), {})
 
 
 def expected_output(prompt: list[int], count: int) -> list[int]:

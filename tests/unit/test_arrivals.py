@@ -33,7 +33,7 @@ def test_choices_of_one_prompt_keep_it_once() -> None:
     for choice in choices:
         assert choice.prompt_token_ids == PROMPT
         assert choice.prompt_token_ids is choice.all_token_ids is choices[0].prompt_token_ids
-        assert choice.draft_state.prediction is choices[0].draft_state.prediction
+        assert choice.prediction is choices[0].prediction
         assert choice.sampling.grammar is choices[0].sampling.grammar
 
 
@@ -64,7 +64,7 @@ def test_nothing_is_kept_for_others() -> None:
     first, other = arrive(arrivals, "a"), arrive(arrivals, "b", tenant="blue")
     assert first.prompt_token_ids is not other.prompt_token_ids
     assert first.sampling.grammar is not other.sampling.grammar
-    assert first.draft_state.prediction is not other.draft_state.prediction
+    assert first.prediction is not other.prediction
     longer = arrive(arrivals, "c", prompt=[*PROMPT, 1])
     assert (longer.prompt_token_ids, first.prompt_token_ids) == ([*PROMPT, 1], PROMPT)
     del first, other, longer

@@ -12,7 +12,7 @@ from evospec.engine.messages import SamplingParams
 from evospec.engine.model_runner import build_batch
 from evospec.engine.request import Request
 from evospec.engine.speculation.drafters.kv import Chunk, chain_batches
-from evospec.engine.step_plan import DraftSlot
+from evospec.engine.step import DraftSlot, Proposal
 
 CPU = torch.device("cpu")
 FIELDS = ("token_ids", "positions", "query_start_loc", "seq_lens", "block_tables", "slot_mapping", "logits_indices")
@@ -33,24 +33,25 @@ def some_slots(draw: st.DrawFn) -> tuple[list[DraftSlot], int]:
     return slots, block_size
 
 
-def last_draft(slot: DraftSlot) -> Chunk:
+def last_draft(slot: DraftSlot, drafts: list[int]) -> Chunk:
     """The newest draft token, from which the next one is drafted."""
-    request, drafts = slot.request, slot.request.draft_token_ids
+    request = slot.request
     return Chunk(request.num_tokens + len(drafts) - 1, drafts[-1:], 1, slot.block_ids, request)
 
 
 @given(some_slots())
 def test_each_batch_is_as_one_built_from_scratch(case: tuple[list[DraftSlot], int]) -> None:
     ready, block_size = case
-    batches = chain_batches(ready, block_size, CPU)
+    proposals = {slot.request: Proposal([]) for slot in ready}
+    batches = chain_batches(ready, proposals, block_size, CPU)
     for step in range(1, max(slot.num_tokens for slot in ready)):
         for slot in ready:
-            slot.request.draft_token_ids.append(1000 * step + int(slot.request.request_id))
+            proposals[slot.request].token_ids.append(1000 * step + int(slot.request.request_id))
         longer = [row for row, slot in enumerate(ready) if slot.num_tokens > step]
         ready = [ready[row] for row in longer]
         rows, slots, batch = next(batches)
         assert (rows, slots) == (longer, ready)
-        expected = build_batch([last_draft(slot) for slot in ready], block_size, CPU)
+        expected = build_batch([last_draft(slot, proposals[slot.request].token_ids) for slot in ready], block_size, CPU)
         for field in FIELDS:
             ours, theirs = getattr(batch, field), getattr(expected, field)
             if field == "block_tables":  # further columns are of sequences that have left
@@ -58,5 +59,5 @@ def test_each_batch_is_as_one_built_from_scratch(case: tuple[list[DraftSlot], in
             assert ours.dtype == theirs.dtype, field
             assert torch.equal(ours, theirs), field
     for slot in ready:
-        slot.request.draft_token_ids.append(0)
+        proposals[slot.request].token_ids.append(0)
     assert next(batches, None) is None

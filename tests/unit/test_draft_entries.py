@@ -12,7 +12,7 @@ from evospec.engine.messages import SamplingParams
 from evospec.engine.request import Request
 from evospec.engine.speculation.drafters import kv as entries
 from evospec.engine.speculation.drafters.kv import DraftKvTracker
-from evospec.engine.step_plan import DraftSlot, ScheduledSequence
+from evospec.engine.step import DraftSlot, ScheduledSequence
 
 BLOCK = 16
 

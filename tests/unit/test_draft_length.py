@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evospec.engine.speculation.length import cost_meter
-from evospec.engine.speculation.length.adaptive import AdaptiveLength
 from evospec.engine.speculation.length.costs import Curve, ServedCosts, StepCosts, without_spikes
 from evospec.engine.speculation.length.plan import best_plan, best_verified
-from evospec.engine.speculation.length.policy import Chain, Draftable
+from evospec.engine.speculation.length.policy import Candidate
+from evospec.engine.step import Proposal
 from evospec.kernels.native_chain import CONFIDENCE_LEVELS
-from tests.named_policy import NamedPolicy
+from tests.named_policy import TOKEN, NamedPolicy
 
 ONE_EACH = Curve([(1, 1.0), (2, 2.0)])
 CHEAP = StepCosts(verify=Curve([(1, 10.0), (64, 16.3)]), first_draft=ONE_EACH, next_draft=ONE_EACH)
@@ -112,10 +112,6 @@ def geometric(chance: float, limit: int) -> list[float]:
     return [chance**place for place in range(1, limit + 1)]
 
 
-def chain_of(confidence: list[int] | None = None, length: int = 1) -> Chain:
-    return Chain([7] * (length if confidence is None else len(confidence)), confidence or [])
-
-
 def lengths(
     policy: NamedPolicy,
     names: Sequence[str],
@@ -140,7 +136,7 @@ def simulate(policy: NamedPolicy, acceptance: float, steps: int, limit: int = 6,
             while len(outcomes) < length and all(outcomes):
                 outcomes.append(chance.random() < acceptance)
             if length:
-                policy.record_drafts(request_id, chain_of(length=length), outcomes)
+                policy.record_drafts(request_id, [], outcomes)
         history.append(chosen)
     return history
 
@@ -257,9 +253,9 @@ def test_a_sequence_that_is_drafted_badly_does_not_stop_the_others() -> None:
     policy = NamedPolicy(CHEAP)
     for _ in range(30):
         good, bad = lengths(policy, ["good", "bad"], [4, 4], 0)
-        policy.record_drafts("good", chain_of(), [True] * good)
+        policy.record_drafts("good", [], [True] * good)
         if bad:
-            policy.record_drafts("bad", chain_of(), [False])
+            policy.record_drafts("bad", [], [False])
     assert lengths(policy, ["good", "bad"], [4, 4], 0) == [4, 0]
 
 
@@ -295,14 +291,14 @@ def test_the_stop_rule_counts_in_tokens() -> None:
     policy = NamedPolicy(costs, stops_early=True)
     lengths(policy, ["a", "b"], [2, 2])
     for _ in range(200):
-        policy.record_drafts("a", chain_of(), [False])
-        policy.record_drafts("b", chain_of(), [False])
+        policy.record_drafts("a", [], [False])
+        policy.record_drafts("b", [], [False])
     assert lengths(policy, ["a", "b"], [2, 2], 0) == [0, 0]  # so the rate is that without drafts
-    rule = policy.stop_rule({"a": 2, "b": 2})
-    assert rule is not None
-    assert rule.verify_costs == pytest.approx([0.5, 0.5])
-    assert rule.draft_cost == pytest.approx(2.0)
-    assert [len(one.acceptance) for one in policy.of("ab")] == [2, 2]
+    stop = policy.stop_rule({"a": 2, "b": 2})
+    assert stop is not None
+    assert stop.rule.verify_costs == pytest.approx([0.5, 0.5])
+    assert stop.rule.draft_cost == pytest.approx(2.0)
+    assert [len(places) for places in stop.acceptance.values()] == [2, 2]
 
 
 def test_what_the_draft_is_sure_of_is_verified_and_the_rest_is_not() -> None:
@@ -311,7 +307,8 @@ def test_what_the_draft_is_sure_of_is_verified_and_the_rest_is_not() -> None:
     ids = [str(number) for number in range(6)]
     lengths(policy, ids, [1] * 6, 0)
     confidence = [UNSURE, SURE, UNSURE, SURE, UNSURE, UNSURE]
-    kept = policy.worth_verifying({name: chain_of([level]) for name, level in zip(ids, confidence, strict=True)})
+    proposals = [Proposal([TOKEN], confidence=[level]) for level in confidence]
+    kept = policy.worth_verifying(dict(zip(ids, proposals, strict=True)))
     assert kept == {"0": 0, "1": 1, "2": 0, "3": 1, "4": 0, "5": 0}
 
 
@@ -319,11 +316,11 @@ def test_how_much_sureness_is_worth_is_learned_from_what_was_accepted() -> None:
     """A draft that is sure of nothing, and always right; greedy and sampled tokens are judged apart."""
     policy = NamedPolicy(CHEAP, stops_early=True)
     lengths(policy, ["a"], [1], 0)
-    rules = [policy.stop_rule({"a": 1})]
+    stops = [policy.stop_rule({"a": 1})]
     for _ in range(500):
-        policy.record_drafts("a", chain_of([UNSURE]), [True])
-    rules.append(policy.stop_rule({"a": 1}))
-    before, after = (rule.chances[0] for rule in rules if rule is not None)
+        policy.record_drafts("a", [UNSURE], [True])
+    stops.append(policy.stop_rule({"a": 1}))
+    before, after = (stop.rule.chances[0] for stop in stops if stop is not None)
     assert before[0, UNSURE] < 0.3
     assert after[0, UNSURE] > 0.9
     assert after[1, UNSURE] == before[1, UNSURE]
@@ -334,7 +331,7 @@ def test_a_draft_that_was_dropped_is_judged_by_the_token_that_came() -> None:
     policy = NamedPolicy(FLAT_TO_8, stops_early=True)
     assert lengths(policy, ["a"], [6], 0) == [6]
     for _ in range(300):
-        policy.record_drafts("a", chain_of([UNSURE]), [False])
+        policy.record_drafts("a", [UNSURE], [False])
     assert lengths(policy, ["a"], [6], 0) == [0]
 
 
@@ -347,10 +344,10 @@ def test_a_long_repeat_is_copied_where_drafts_cost_too_much() -> None:
     ids = [str(number) for number in range(8)]
     lengths(policy, ids, [6] * 8)
     for _ in range(300):
-        policy.record_drafts("0", chain_of(), [False])
+        policy.record_drafts("0", [], [False])
     assert lengths(policy, ids[:6], [6] * 6, repeats={"1": LONG}) == [0, 2, 0, 0, 0, 0]
     lengths(policy, ids, [6] * 8, repeats={"1": SHORT})
-    assert not policy.copied()
+    assert not policy.copied
 
 
 def test_a_crowd_that_gets_no_drafts_is_looked_at_now_and_then_until_one_of_it_is_drafted_for() -> None:
@@ -359,34 +356,32 @@ def test_a_crowd_that_gets_no_drafts_is_looked_at_now_and_then_until_one_of_it_i
     ids = [str(number) for number in range(8)]
     rested = []
     for _ in range(56):
-        rested.append(policy.rests(ids))
+        rested.append(policy.policy.rests(len(ids)))
         if not rested[-1]:
             assert not any(lengths(policy, ids, [6] * 8))
     assert not any(rested[:16])
     assert sum(rested[16:]) == 30  # of 40
-    assert not policy.rests(ids[:7])
-    assert [policy.rests(ids) for _ in range(20)].count(False) == 17
+    assert not policy.policy.rests(7)
+    assert [policy.policy.rests(len(ids)) for _ in range(20)].count(False) == 17
     lengths(policy, ids, [6] * 8, repeats={"1": LONG})
-    assert policy.copied() == {"1"}
-    assert not any(policy.rests(ids) for _ in range(16))
+    assert policy.copied == {"1"}
+    assert not any(policy.policy.rests(len(ids)) for _ in range(16))
 
 
 def test_copies_are_judged_by_what_became_of_them_also_where_none_was_taken() -> None:
     policy = NamedPolicy(CHEAP)
-    lengths(policy, ["a"], [6])
-    for greedy in (True, False) * 300:
-        policy.sequences["a"].greedy = greedy
-        policy.record_copy("a", LONG, [False])
-    policy.sequences["a"].greedy = True
+    policy.request("sampled", temperature=1.0)
+    lengths(policy, ["a", "sampled"], [6, 6])
+    for name in ("a", "sampled") * 300:
+        policy.record_copy(name, LONG, [False])
     lengths(policy, ["a"], [6], repeats={"a": LONG})
-    assert not policy.copied()
+    assert not policy.copied
     for _ in range(300):
         policy.record_copy("a", LONG, [True] * 6)
     assert lengths(policy, ["a"], [6], repeats={"a": LONG}) == [6]
-    assert policy.copied() == {"a"}
-    policy.sequences["a"].greedy = False
-    lengths(policy, ["a"], [6], repeats={"a": LONG})
-    assert not policy.copied()  # sampled ones are judged apart
+    assert policy.copied == {"a"}
+    lengths(policy, ["sampled"], [6], repeats={"sampled": LONG})
+    assert not policy.copied  # sampled ones are judged apart
 
 
 def test_drafts_that_are_better_where_a_text_repeats_are_drafted_there() -> None:
@@ -394,8 +389,8 @@ def test_drafts_that_are_better_where_a_text_repeats_are_drafted_there() -> None
     lengths(policy, ["a"], [6])
     for _ in range(300):
         policy.record_copy("a", SHORT, [False])
-        policy.record_drafts("a", chain_of(), [True] * 4, SHORT)
-        policy.record_drafts("a", chain_of(), [False])
+        policy.record_drafts("a", [], [True] * 4, SHORT)
+        policy.record_drafts("a", [], [False])
     assert lengths(policy, ["b"], [6]) < lengths(policy, ["b"], [6], repeats={"b": SHORT})
 
 
@@ -409,8 +404,9 @@ def test_a_text_is_read_for_drafts_only_where_they_promise_more_than_that_takes(
 
 def test_a_text_that_was_read_is_drafted_for_beside_those_that_are_not_worth_it() -> None:
     costs = StepCosts(Curve([(1, 10.0), (8, 15.0), (24, 31.0)]), Curve([(1, 0.5)]), Curve([(1, 0.5)]), read=0.05)
-    sequences = [Draftable("t", limit=4, num_unread=3 if number < 4 else 400) for number in range(8)]
-    most = AdaptiveLength(costs, stops_early=False).lengths(sequences, 0)
+    policy = NamedPolicy(costs)
+    candidates = [Candidate(policy.request(str(number)), 4, 3 if number < 4 else 400) for number in range(8)]
+    most = [length.num_tokens for length in policy.policy.lengths(candidates, 0)]
     assert all(most[:4])
     assert not any(most[4:])
 
@@ -422,8 +418,8 @@ def test_drafts_that_take_longer_than_expected_are_left_out_and_tried_again() ->
     for step in range(1200):
         history.append(lengths(policy, ["a"], [1])[0])
         if history[-1]:
-            policy.worth_verifying({"a": chain_of()})
-            policy.record_drafts("a", chain_of(), [step % 3 == 0])
+            policy.worth_verifying({"a": Proposal([TOKEN])})
+            policy.record_drafts("a", [], [step % 3 == 0])
             policy.policy.record_seconds(4.0)
     assert all(history[:5])
     last = history[600:]
@@ -452,7 +448,7 @@ def test_a_step_that_takes_more_than_it_was_measured_to_makes_drafts_worth_more(
     dear = StepCosts(verify=Curve([(1, 1.0), (8, 8.0)]), first_draft=Curve([(1, 0.5)]), next_draft=Curve([(1, 0.5)]))
     policy = NamedPolicy(dear)
     for _ in range(200):
-        policy.record_drafts("a", chain_of(), [True])
+        policy.record_drafts("a", [], [True])
     assert lengths(policy, ["a"], [6]) == [0]
     for _ in range(200):
         policy.policy.record_step(1, 4.0)

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from evospec.engine.speculation.length import acceptance
 from evospec.engine.speculation.length.acceptance import Tenants
 from evospec.engine.speculation.length.costs import Curve, StepCosts
-from evospec.engine.speculation.length.policy import Chain
+from evospec.engine.step import Proposal
 from evospec.kernels.native_chain import CONFIDENCE_LEVELS
-from tests.named_policy import NamedPolicy
+from tests.named_policy import TOKEN, NamedPolicy
 
 COSTS = StepCosts(verify=Curve([(1, 10.0), (64, 16.3)]), first_draft=Curve([(1, 1.0)]), next_draft=Curve([(1, 1.0)]))
 LIMIT = 6
@@ -63,19 +63,21 @@ class Served:
         name, policy, decisions = str(self._num_requests), self._policy, list[object]()
         levels = [traffic.level] * LIMIT
         repeat = levels if traffic.repeats else []
-        policy.sequences[name].greedy = traffic.greedy
+        request = policy.request(name, tenant, temperature=0.0 if traffic.greedy else 1.0)
         outcomes = [place < traffic.num_right for place in range(min(traffic.num_right + 1, LIMIT))]
         decisions.append(policy.policy.drafts_for_most(tenant))
         for _ in range(traffic.steps):
-            (most,) = policy.lengths({name: LIMIT}, repeats={name: repeat}, tenants={name: tenant})
-            one, is_copied = policy.sequences[name], name in policy.copied()
+            (most,) = policy.lengths({name: LIMIT}, repeats={name: repeat})
+            is_copied = name in policy.copied
             decisions.append((most, is_copied))
-            if most and not is_copied and (rule := policy.stop_rule({name: most})) is not None:
-                decisions += [rule.chances[one.tenant_number].tolist(), one.acceptance, rule.verify_costs]
+            if most and not is_copied and (stop := policy.stop_rule({name: most})) is not None:
+                chances = stop.rule.chances[stop.tenants[request]].tolist()
+                decisions += [chances, stop.acceptance[request], stop.rule.verify_costs]
             if most:
-                chain = Chain([7] * most, levels[:most])
-                decisions.append(policy.worth_verifying({name: chain})[name])
-                policy.record_drafts(name, chain, outcomes[:most], repeat)
+                proposal = Proposal([TOKEN] * most, confidence=levels[:most])
+                decisions.append(policy.worth_verifying({name: proposal})[name])
+            if most and not is_copied:
+                policy.record_drafts(name, levels[:most], outcomes[:most], repeat)
             if repeat:
                 policy.record_copy(name, repeat, outcomes)
         return decisions
@@ -103,13 +105,14 @@ def test_what_a_tenant_was_served_itself_does() -> None:
 
 def test_each_chain_of_a_step_ends_by_the_chances_of_its_tenant() -> None:
     policy = NamedPolicy(COSTS, stops_early=True)
-    policy.lengths(dict.fromkeys("012", LIMIT), tenants={"0": "a", "1": "b", "2": "a"})
+    requests = [policy.request(name, tenant) for name, tenant in zip("012", "aba", strict=True)]
+    policy.lengths(dict.fromkeys("012", LIMIT))
     for name, right in (("0", True), ("1", False)):
         for _ in range(300):
-            policy.record_drafts(name, Chain([7], [8]), [right])
-    rule = policy.stop_rule(dict.fromkeys("012", LIMIT))
-    assert rule is not None
-    chances = [rule.chances[one.tenant_number, 0, 8] for one in policy.of("012")]
+            policy.record_drafts(name, [8], [right])
+    stop = policy.stop_rule(dict.fromkeys("012", LIMIT))
+    assert stop is not None
+    chances = [stop.rule.chances[stop.tenants[request], 0, 8] for request in requests]
     assert chances[0] == chances[2] > 0.9
     assert chances[1] < 0.3
 
@@ -117,12 +120,13 @@ def test_each_chain_of_a_step_ends_by_the_chances_of_its_tenant() -> None:
 def test_a_tenant_whose_drafts_fail_beside_one_whose_drafts_are_right_is_tried_again() -> None:
     """Its own steps without drafts count, not those of the engine."""
     policy = NamedPolicy(COSTS)
+    policy.request("0", "good"), policy.request("1", "bad")
     history = []
     for _ in range(1200):
-        most = policy.lengths(dict.fromkeys("01", LIMIT), tenants={"0": "good", "1": "bad"})
+        most = policy.lengths(dict.fromkeys("01", LIMIT))
         for name, length, right in zip("01", most, (True, False), strict=True):
             if length:
-                policy.record_drafts(name, Chain([7] * length, []), [right] * (length if right else 1))
+                policy.record_drafts(name, [], [right] * (length if right else 1))
         history.append(most)
     assert all(good for good, _ in history)
     assert 0 < sum(bad > 0 for _, bad in history[600:]) < 60

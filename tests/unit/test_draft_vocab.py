@@ -68,6 +68,7 @@ class Harness:
         """What the target thinks likely at every position."""
         self.later: list[str] = []
         """New sequences that get no vocabulary before they are drafted for."""
+        self.vocab.begins_later = lambda request: request.request_id in self.later
 
     def start(
         self,
@@ -82,18 +83,15 @@ class Harness:
         sampling = SamplingParams(max_tokens=99, seed=0, temperature=temperature)
         domain = (state.domain or None) if state else None
         request = Request(name, b"", tenant, sampling, list(prompt), domain=domain)
-        request.draft_state.past = state
+        request.session = state
         self.verify(request, [first])
         return request
 
     def verify(self, request: Request, tokens: Sequence[int], drafts: Sequence[int] = ()) -> None:
         """A step that keeps ``tokens``."""
-        request.draft_token_ids = list(drafts)
-        verified = [verification(request, tokens, len(drafts))]
-        self.vocab.follow(verified, self.most_likely, lambda request: request.request_id in self.later)
+        self.vocab.follow([verification(request, tokens, drafts)], self.most_likely)
         request.output_token_ids += tokens
         request.all_token_ids += tokens
-        request.draft_token_ids = []
 
     def most_likely(self, rows: Sequence[int]) -> NDArray[np.int32]:
         """The target's choices at each of some rows."""
@@ -116,12 +114,14 @@ class Harness:
         self.vocab.before_drafts(requests)
         scores = logits.copy()
         known = torch.from_numpy(ids.copy()), torch.from_numpy(scores)
-        self.vocab.choose_with_prior(requests, *known, lambda rows, _: torch.full((len(rows),), -9.0))
+        self.vocab.choose_with_prior(
+            requests, [[] for _ in requests], *known, lambda rows, _: torch.full((len(rows),), -9.0)
+        )
         return scores
 
     def end(self, request: Request) -> bytes | None:
-        snapshot, _ = self.vocab.finish(request)
-        self.vocab.forget(request)
+        snapshot, _ = self.vocab.leave(request)
+        self.vocab.end(request)
         return snapshot
 
 
@@ -146,7 +146,7 @@ def test_a_step_writes_all_tails_once_and_they_hold_what_vocabularies_do() -> No
         harness.vocab.before_drafts(running)
         assert harness.slabs.num_writes == 1
         for request in running:
-            assert harness.tail(request) == set(harness.vocab.sessions.tail(request.draft_state.session))
+            assert harness.tail(request) == set(harness.vocab.sessions.tail(*harness.vocab.slots([request])))
             harness.verify(request, generator.integers(1, VOCAB, 3).tolist(), drafts=[3])
 
 
@@ -157,7 +157,7 @@ def test_events_bring_what_follows_by_the_graph() -> None:
     assert harness.tail(request) == set()
     harness.verify(request, [250, 9], drafts=[3])
     assert {250, 251} <= harness.tail(request)
-    counts = harness.vocab.finish(request)[1]
+    counts = harness.vocab.leave(request)[1]
     assert counts is not None
     assert (counts.events, counts.verified_tokens, counts.covered_tokens) == (1, 4, 3)
     assert counts.insertions["context"] == counts.insertions["graph"] == 1
@@ -169,7 +169,7 @@ def test_hits_go_to_the_source_that_named_the_token_first() -> None:
     request = harness.start("a", [700])
     harness.verify(request, [700, 800, 3], drafts=[700, 800, 4])
     harness.verify(request, [801], drafts=[5])
-    counts = harness.vocab.finish(request)[1]
+    counts = harness.vocab.leave(request)[1]
     assert counts is not None
     assert counts.hits == {"context": 1, "target": 1}
 
@@ -196,7 +196,7 @@ def test_a_sequence_that_catches_up_keeps_its_latest_tokens() -> None:
     for token in range(300, 300 + 3 * SLOTS):
         harness.verify(request, [token])
     assert harness.tail(request) == set(range(300 + 2 * SLOTS, 300 + 3 * SLOTS))
-    counts = harness.vocab.finish(request)[1]
+    counts = harness.vocab.leave(request)[1]
     assert counts is not None
     assert (counts.verified_tokens, counts.events) == (1, 0)  # that of the prefill
 
@@ -235,7 +235,7 @@ def test_no_more_vocabularies_than_configured() -> None:
     requests = [harness.start(name, [600 + index]) for index, name in enumerate("abc")]
     assert harness.slabs_of(*requests) == [0, 1, 2]
     assert harness.tail(requests[2]) == set()
-    assert harness.vocab.finish(requests[2]) == (None, None)
+    assert harness.vocab.leave(requests[2]) == (None, None)
     harness.end(requests[0])
     assert (harness.slabs.token_ids[0] == EMPTY).all()
     harness.verify(requests[2], [9], drafts=[1])  # the room that is free now is taken in mid-sequence
@@ -272,11 +272,11 @@ def test_a_session_keeps_few_of_the_choices_that_end_in_one_step() -> None:
     harness = Harness(max_sessions=8)
     choices = [harness.start(str(number), [5, 700], state=SessionState(domain="d")) for number in range(6)]
     other = harness.start("other", [5, 701], state=SessionState(domain="d"))
-    ends = [harness.vocab.finish(request) for request in [*choices, other]]
+    ends = [harness.vocab.leave(request) for request in [*choices, other]]
     assert [snapshot is not None for snapshot, _ in ends] == [True] * MAX_OF_PROMPT + [False] * 2 + [True]
     assert all(counts is not None for _, counts in ends)
     for request in [*choices, other]:
-        harness.vocab.forget(request)
+        harness.vocab.end(request)
     for number in range(MAX_OF_PROMPT + 2):
         request = harness.start(str(number), [5, 700], state=SessionState(domain="d"))  # which takes a step
         assert harness.end(request) is not None
@@ -369,7 +369,7 @@ def test_what_was_drafted_in_an_earlier_step_teaches_nothing() -> None:
     harness.with_prior([request], np.array([[50, 60]], np.int32), np.array([[0.5, 0.0]], np.float32))
     harness.vocab.before_drafts([])  # of another step
     harness.verify(request, [60], drafts=[60])
-    assert harness.vocab.sessions.counts(request.draft_state.session).num_lessons == 0
+    assert harness.vocab.sessions.counts(*harness.vocab.slots([request])).num_lessons == 0
 
 
 def test_switches_switch_off() -> None:

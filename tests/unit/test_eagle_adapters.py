@@ -9,9 +9,9 @@ import torch
 from pydantic import ValidationError
 
 from evospec.engine.adapters_config import AdaptersConfig, TokenLogConfig
-from evospec.engine.draft_state import BASE, Assignment
 from evospec.engine.models.config import ModelError
 from evospec.engine.online import adapters as eagle_adapters
+from evospec.engine.online.adapters import BASE, Assignment
 from evospec.engine.online.weight_channel import WeightWriter
 from tests.unit.engine_bank import BUFFERS, DIRECTORIES, FINGERPRINT, WORD, Bank, request
 

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from benchmarks.attack import channel_bytes, forge_channel
 from evospec.adapters.alignment.publisher import AdapterPublisher
 from evospec.adapters.alignment.store import AdapterStore
-from evospec.engine.draft_state import BASE
 from evospec.engine.online import adapters as eagle_adapters
+from evospec.engine.online.adapters import BASE
 from evospec.engine.online.feature_ring import FeatureRing, FeatureRingReader
 from evospec.engine.online.shared_file import SharedMemoryError
 from evospec.engine.online.weight_channel import NonFiniteWeights, WeightChannel, WeightWriter

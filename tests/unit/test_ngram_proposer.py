@@ -5,19 +5,19 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 
-import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from evospec.engine.draft_vocab.running_texts import RunningTexts
 from evospec.engine.messages import SamplingParams
+from evospec.engine.optional_parts import OptionalParts
 from evospec.engine.request import Request
 from evospec.engine.speculation.drafters.lookup import MIN_MATCH, NgramProposer, PromptLookup
-from evospec.engine.speculation.length.policy import Chain, Draftable, LengthPolicy
-from evospec.engine.speculation.speculator import Speculator
-from evospec.engine.step_plan import DraftSlot, ScheduledSequence
-from evospec.engine.verification import Verification
+from evospec.engine.speculation.length.policy import LengthPolicy
+from evospec.engine.speculation.speculator import AcceptanceAlarm, Speculator
+from evospec.engine.step import Batch, Copy, Decodes, DraftSlot, Proposal, ScheduledSequence, Step, Verification
 from tests.reference.text_matches import TextMatches, copied
 
 SAMPLING = SamplingParams(max_tokens=9, seed=0, temperature=0.0)
@@ -32,9 +32,8 @@ def expected_draft(text: list[int], count: int) -> list[int]:
 
 
 def propose(proposer: NgramProposer, request: Request, count: int) -> list[int]:
-    request.draft_token_ids = []
-    proposer.propose([DraftSlot(request, count, array("i"))])
-    return request.draft_token_ids
+    proposals = proposer.propose([DraftSlot(request, count, array("i"))])
+    return proposals[request].token_ids if request in proposals else []
 
 
 @given(pieces=st.lists(texts, min_size=1, max_size=4), count=st.integers(1, 6))
@@ -64,7 +63,7 @@ def test_what_is_forgotten_is_read_anew() -> None:
     """A preempted request comes back."""
     proposer, request = NgramProposer(RunningTexts(8)), Request("r", b"", "t", SAMPLING, [1, 2, 3, 4, 1, 2, 3])
     assert propose(proposer, request, 1) == [4]
-    proposer.forget(request)
+    proposer.end(request)
     request.all_token_ids = [1, 2, 3, 5, 1, 2, 3]
     assert propose(proposer, request, 1) == [5]
 
@@ -75,39 +74,36 @@ class RecordingPolicy(LengthPolicy):
     def __init__(self) -> None:
         self.drafts, self.copies = list[Sequence[bool]](), list[Sequence[bool]]()
 
-    def record_drafts(self, sequence: Draftable, chain: Chain, outcomes: Sequence[bool]) -> None:
+    def record_drafts(self, request: Request, proposal: Proposal, outcomes: Sequence[bool]) -> None:
         self.drafts.append(outcomes)
 
-    def record_copy(self, sequence: Draftable, outcomes: Sequence[bool]) -> None:
+    def record_copy(self, request: Request, copy: Copy, outcomes: Sequence[bool]) -> None:
         self.copies.append(outcomes)
 
 
-@pytest.mark.parametrize("is_preempted", [False, True])
-def test_drafts_of_a_preempted_request_are_not_judged_by_what_it_computes_when_it_is_back(is_preempted: bool) -> None:
-    """What was drafted and what could be copied belonged to the step that it has lost."""
+def take_step(speculator: Speculator, request: Request, new: int) -> Step:
+    """Draft at most four tokens; the target goes on with ``new``."""
+    (length,) = speculator.lengths(Decodes([request], [4], 0))
+    proposal = speculator.propose([DraftSlot(request, length, array("i"))])[request]
+    assert len(proposal.token_ids) == 4
+    sequence = ScheduledSequence.of(request, 1 + len(proposal.token_ids), proposal)
+    return Step(Batch([sequence], 5, 0, []), [Verification(sequence, 0, kept=[new])], torch.empty(0), None)
+
+
+def test_drafts_and_what_could_be_copied_are_judged_by_what_came() -> None:
     texts, policy = RunningTexts(8), RecordingPolicy()
-    speculator = Speculator(NgramProposer(texts), policy, 4, 1000, PromptLookup(texts))
-    request = Request("r", b"", "t", SAMPLING, [1, 2, 3, 9, 1, 2, 3])
-    lengths = speculator.draft_lengths([request], [4], 0)
-    speculator.draft([DraftSlot(request, lengths[0], array("i"))])
-    assert request.draft_token_ids == [9, 1, 2, 3]
-    if is_preempted:
-        request.draft_token_ids = []
-        speculator.preempted(request)
-    speculator._judge([Verification(ScheduledSequence.of(request, 1 + len(request.draft_token_ids)), 0, kept=[7])])
-    assert policy.drafts == policy.copies == ([] if is_preempted else [[False]])
+    speculator = Speculator(NgramProposer(texts), policy, 4, OptionalParts(), PromptLookup(texts))
+    policy.learn(take_step(speculator, Request("r", b"", "t", SAMPLING, [1, 2, 3, 9, 1, 2, 3]), new=7))
+    assert policy.drafts == policy.copies == [[False]]
 
 
 def test_copies_that_are_wrong_are_no_sign_of_a_bad_draft() -> None:
     """There is none: nobody is told to look at its layers."""
-    speculator = Speculator(NgramProposer(RunningTexts(8)), LengthPolicy(), 4, 1000)
+    speculator = Speculator(NgramProposer(RunningTexts(8)), LengthPolicy(), 4, OptionalParts())
+    alarm = AcceptanceAlarm()
     request = Request("r", b"", "t", SAMPLING, [1, 2, 3, 9, 1, 2, 3])
     with capture_logs() as logs:
         for new in range(100, 310):  # the target says something new, then what came before
-            speculator.draft([DraftSlot(request, 4, array("i"))])
-            assert request.draft_token_ids
-            step = ScheduledSequence.of(request, 1 + len(request.draft_token_ids))
-            speculator._judge([Verification(step, 0, kept=[new])])
-            request.draft_token_ids = []
+            alarm.learn(take_step(speculator, request, new))
             request.all_token_ids += [new, 1, 2, 3]
     assert logs == []

@@ -158,7 +158,6 @@ def test_drafts_are_not_offered() -> None:
     """Blocks that hold drafts are full of written KV, but their tokens were not accepted."""
     kv, known, drafts = manager(), list(range(6)), [6, 7, 8, 9]
     drafting = request("a", known)
-    drafting.draft_token_ids = drafts
     assert kv.allocate(drafting, len(known) + len(drafts))
     drafting.num_computed_tokens = 6
     kv.after_commit(drafting)

@@ -10,7 +10,7 @@ import torch
 from evospec.engine.messages import SamplingParams, TokenLogprob
 from evospec.engine.request import Request
 from evospec.engine.sampling.logprobs import collect_prompt_logprobs, token_logprobs
-from evospec.engine.step_plan import ScheduledSequence
+from evospec.engine.step import ScheduledSequence
 from evospec.server.generation import LOGPROB_SIZE
 
 NUM_TOP = 20

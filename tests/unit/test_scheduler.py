@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from unittest.mock import patch
 
@@ -15,7 +14,8 @@ from evospec.engine.fair_queue import equal_share
 from evospec.engine.prompt_chunks import MOST_PROMPT_ROWS
 from evospec.engine.request import Request
 from evospec.engine.scheduler import QueueFull, RequestTooLong
-from tests.unit.scheduler_simulation import Simulation, expected_output, make_request
+from evospec.engine.step import Decodes
+from tests.unit.scheduler_simulation import Simulation, expected_output, make_request, plan_step
 
 
 @dataclass(frozen=True)
@@ -200,9 +200,9 @@ def test_requests_that_no_blocks_are_left_for_do_not_join_soon() -> None:
     joining = []
 
     class Watching(Simulation):
-        def draft_lengths(self, requests: Sequence[Request], limits: Sequence[int], num_joining: int) -> list[int]:
-            joining.append(num_joining)
-            return super().draft_lengths(requests, limits, num_joining)
+        def _lengths(self, decodes: Decodes) -> list[int]:
+            joining.append(decodes.num_joining)
+            return super()._lengths(decodes)
 
     simulation = Watching(num_blocks=8, max_num_seqs=8, num_drafts=2)
     for n in range(20):
@@ -398,7 +398,7 @@ def test_commit_after_abort_changes_nothing() -> None:
     scheduler = Simulation().scheduler
     request = make_request("1")
     scheduler.add(request)
-    (sequence,) = scheduler.schedule(scheduler.reserve()[0]).sequences
+    (sequence,) = plan_step(scheduler).sequences
     assert scheduler.abort("1") is request
     assert scheduler.abort("1") is None
     scheduler.commit(sequence, [3], finished=False)
@@ -427,7 +427,7 @@ def test_where_all_are_stalled_a_step_is_empty() -> None:
     request = make_request("1")
     scheduler.add(request)
     request.is_stalled = True
-    assert scheduler.schedule(scheduler.reserve()[0]).sequences == []
+    assert plan_step(scheduler).sequences == []
     assert scheduler.has_work()
 
 
@@ -449,13 +449,13 @@ def test_a_postponed_sequence_computes_its_last_token_again() -> None:
     scheduler = Simulation(max_batched_tokens=32).scheduler
     request = make_request("1", num_prompt=20)
     scheduler.add(request)
-    (sequence,) = scheduler.schedule(scheduler.reserve()[0]).sequences
+    (sequence,) = plan_step(scheduler).sequences
     scheduler.postpone(sequence)
     assert request.num_computed_tokens == 19
-    (sequence,) = scheduler.schedule(scheduler.reserve()[0]).sequences
+    (sequence,) = plan_step(scheduler).sequences
     assert (sequence.start, sequence.token_ids, sequence.num_sampled) == (19, [1], 1)
     scheduler.commit(sequence, [3], finished=False)
-    (sequence,) = scheduler.schedule(scheduler.reserve()[0]).sequences
+    (sequence,) = plan_step(scheduler).sequences
     scheduler.abort("1")
     scheduler.postpone(sequence)
     assert not scheduler.has_work()
@@ -464,7 +464,7 @@ def test_a_postponed_sequence_computes_its_last_token_again() -> None:
 def test_commit_without_a_new_token_is_an_error() -> None:
     scheduler = Simulation().scheduler
     scheduler.add(make_request("1"))
-    (sequence,) = scheduler.schedule(scheduler.reserve()[0]).sequences
+    (sequence,) = plan_step(scheduler).sequences
     with pytest.raises(ValueError, match="new token"):
         scheduler.commit(sequence, [], finished=False)
 

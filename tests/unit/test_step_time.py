@@ -11,6 +11,7 @@ from evospec.engine.messages import SamplingParams
 from evospec.engine.prompt_chunks import StepTime
 from evospec.engine.request import Request
 from evospec.engine.scheduler import LEAST_CHUNK, Scheduler
+from tests.unit.scheduler_simulation import plan_step
 
 
 def test_nothing_is_known_at_first() -> None:
@@ -43,16 +44,16 @@ def test_prompts_are_read_in_chunks_that_fit_beside_decodes(each: float, expecte
     config = SchedulerConfig(max_num_seqs=4, max_batched_tokens=500, prompt_ms=100)
     scheduler = Scheduler(config, CacheConfig(), num_blocks=200, max_model_len=4096)
     scheduler.add(make_request("short", 20))
-    plan = scheduler.schedule(scheduler.reserve()[0])
+    plan = plan_step(scheduler)
     [first] = plan.sequences
     assert len(first.token_ids) == 20
     scheduler.record_seconds(plan, each * plan.num_tokens)
     scheduler.commit(first, [1], finished=False)
     scheduler.add(make_request("long", 2000))
-    decode, chunk = scheduler.schedule(scheduler.reserve()[0]).sequences
+    decode, chunk = plan_step(scheduler).sequences
     assert len(decode.token_ids) == 1
     assert len(chunk.token_ids) == pytest.approx(expected, abs=expected / 20)
     scheduler.commit(decode, [1], finished=True)
     scheduler.commit(chunk, [], finished=False)
-    [alone] = scheduler.schedule(scheduler.reserve()[0]).sequences
+    [alone] = plan_step(scheduler).sequences
     assert len(alone.token_ids) == 500

@@ -20,6 +20,7 @@ from evospec.engine.adapters_config import AdaptersConfig, TokenLogConfig
 from evospec.engine.config import MAX_COPIED_TOKENS
 from evospec.engine.messages import SamplingParams
 from evospec.engine.online import run_writer, verify_record
+from evospec.engine.online.adapters import BASE
 from evospec.engine.online.feature_ring import FeatureRingReader
 from evospec.engine.online.run_writer import RunWriter
 from evospec.engine.online.token_log import TokenLogStats
@@ -27,8 +28,7 @@ from evospec.engine.online.verify_log import VerifyLog
 from evospec.engine.online.verify_record import VerifyRecord
 from evospec.engine.request import Request
 from evospec.engine.speculation.drafters.kv import Chunk
-from evospec.engine.step_plan import ScheduledSequence
-from evospec.engine.verification import Verification
+from evospec.engine.step import Batch, Proposal, ScheduledSequence, Step, Verification
 
 LEAST_ROWS, WIDTH = 64, 4
 NUM_PROMPT_TOKENS = 100
@@ -71,7 +71,7 @@ def logging() -> Iterator[tuple[VerifyLog, CheckedLog, Request]]:
         writer = RunWriter(config, WIDTH, rows_of, lambda _: None)
         checked: Any = writer._log
         checked.reader = FeatureRingReader(config.ring_path)
-        adapters: Any = SimpleNamespace(config=config, is_control=lambda _: True)
+        adapters: Any = SimpleNamespace(config=config, is_control=lambda _: True, assignment=lambda _: BASE)
         request = Request("r", b"", "t", SamplingParams(max_tokens=9, seed=0), [7] * NUM_PROMPT_TOKENS)
         request.num_computed_tokens = NUM_PROMPT_TOKENS - 1
         yield VerifyLog(adapters, writer), checked, request
@@ -79,10 +79,10 @@ def logging() -> Iterator[tuple[VerifyLog, CheckedLog, Request]]:
 
 def take_step(log: VerifyLog, request: Request, num_accepted: int) -> None:
     """Draft so many tokens, which are right, and commit them."""
-    request.draft_token_ids = [5] * num_accepted
-    kept = [*request.draft_token_ids, 6]
-    step = ScheduledSequence.of(request, len(kept))
-    log.write([Verification(step, 0, kept=kept, num_accepted=num_accepted)], torch.zeros(len(kept), 32), {})
+    kept = [*[5] * num_accepted, 6]
+    sequence = ScheduledSequence.of(request, len(kept), Proposal(kept[:-1]))
+    verified = Verification(sequence, 0, kept=kept, num_accepted=num_accepted)
+    log.learn(Step(Batch([sequence], len(kept), 0, []), [verified], torch.zeros(len(kept), 32), None))
     request.all_token_ids += kept
     request.num_computed_tokens += len(kept)
 
@@ -95,7 +95,7 @@ def test_steps_of_any_length_fit_into_the_smallest_ring(accepted: list[int]) -> 
     with logging() as (log, checked, request):
         for number in accepted:
             take_step(log, request, number)
-        log.forget(request)
+        log.end(request)
         assert checked.stats.num_written == len(accepted)
 
 

@@ -15,8 +15,8 @@ def test_vocabularies_of_sequences_that_begin_together_are_made_in_several_steps
     assert past is not None
     requests = [Request(str(n), b"", "t", SamplingParams(max_tokens=9, seed=0), [5, 6]) for n in range(3 * MOST_BEGUN)]
     for request in requests:
-        request.draft_state.past = SessionState(snapshot=past)
-    harness.vocab.follow([verification(request, [1], 0) for request in requests], lambda _: harness.top[None])
+        request.session = SessionState(snapshot=past)
+    harness.vocab.follow([verification(request, [1], []) for request in requests], lambda _: harness.top[None])
     assert harness.vocab.num_used == MOST_BEGUN
     for request in requests:
         request.output_token_ids.append(1)

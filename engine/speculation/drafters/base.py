@@ -1,6 +1,9 @@
-"""What proposes draft tokens.
+"""The interfaces of whoever proposes draft tokens, and of whoever learns from verified steps.
 
-A draft keeps keys and values of its own, in *the same block ids and block size as the target*: the slot of token t in a
+Neither can change an output or end a request: what raises costs the step its drafts, or is not learned
+(``engine.optional_parts``). Both keep what they know of a sequence themselves, until ``end``.
+
+A draft keeps keys and values of its own in *the same block ids and block size as the target*: the slot of token t in a
 sequence's blocks holds the draft's entry for token t, which depends on tokens up to t only. So preemption and the
 prefix cache need no code for it. Entries that are wrong or missing cost acceptance, never an output.
 """
@@ -11,63 +14,41 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from evospec.engine.batch import Features
-from evospec.engine.draft_state import DraftSource
 from evospec.engine.draft_vocab.vocab import DraftVocab
+from evospec.engine.learner import Learner
 from evospec.engine.online.verify_log import VerifyLog
 from evospec.engine.online.whole_draft import WholeDraft
 from evospec.engine.request import Request
-from evospec.engine.step_plan import DraftSlot, ScheduledSequence
-from evospec.kernels.native_chain import StopRule
+from evospec.engine.speculation.length.policy import EarlyStop
+from evospec.engine.step import DraftSlot, Proposals
 
 
-class Proposer:
-    """Drafts for a whole batch at once: nothing, where a subclass does not say otherwise. One thread calls all methods.
+class Proposer(Learner):
+    """Drafts for a whole batch at once, and learns from each step what it needs for that. One thread calls all methods.
 
-    Order within a step: ``propose`` (all decoding sequences), the target's forward pass, ``after_verification``, and
-    the commit.
+    Order within a step: ``propose`` (all decoding sequences), the target's forward pass, ``learn``, and the commit.
     """
 
-    capture_layers: tuple[int, ...] = ()
-    """The decoder layers whose output ``after_verification`` wants, in ascending order."""
-    source: DraftSource = "draft"
-    """Who drafted what it proposes."""
+    part = "draft"
     stops_early: bool = False
-    """Whether ``propose`` follows a ``StopRule``; otherwise it is given none."""
+    """Whether ``propose`` follows an ``EarlyStop``; otherwise it is given none."""
     verify_log: VerifyLog | None = None
     """Where verified drafts are to be written down."""
     whole_draft: WholeDraft | None = None
     """Whose weights it drafts with, and for whom, where those come from the worker as a whole; None: for all."""
 
-    def propose(self, slots: Sequence[DraftSlot], stop: StopRule | None = None) -> None:
-        """Write ``request.draft_token_ids``, at most ``slot.num_tokens`` each, fewer where ``stop`` says so.
+    def propose(self, slots: Sequence[DraftSlot], stop: EarlyStop | None = None) -> Proposals:
+        """Drafts of at most ``slot.num_tokens`` tokens each, fewer where ``stop`` says so.
 
         Drafts with entries of their own draft for the slots whose entries are, or can be brought, up to date.
-
-        Where the draft knows how sure it is of them, ``draft_state.confidence`` too.
-
         ``slot.block_ids`` reach all known and all drafted tokens, so drafted entries have their own slots; they are
         written again before they count as a committed token's.
         """
+        return {}
 
     def num_unread(self, request: Request) -> int:
         """Tokens to read before a decoding request's next draft, but for the few that are new with every draft."""
         return 0
-
-    def after_verification(
-        self, sequences: Sequence[ScheduledSequence], num_kept: Sequence[int], features: Features | None
-    ) -> None:
-        """Learn what a step has computed, after verification and before the commit.
-
-        Args:
-            sequences: as scheduled; drafted ones and prefill chunks.
-            num_kept: new tokens of each sequence, accepted drafts included; 0 while its prefill is unfinished.
-            features: of all scheduled tokens; None without capture. On CUDA valid during the call only; on a CPU
-                nobody writes to them later.
-        """
-
-    def forget(self, request: Request) -> None:
-        """A request has ended, or lost its blocks (preempted: it will be computed again from its cached prefix on)."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from evospec.engine.attention.base import AttentionBackend, AttentionSpec
-from evospec.engine.batch import Features, ForwardBatch
+from evospec.engine.batch import ForwardBatch
 from evospec.engine.config import CacheConfig
 from evospec.engine.loader import LoadedModel
 from evospec.engine.model_runner import attention_spec, build_batch
@@ -15,8 +15,8 @@ from evospec.engine.request import Request
 from evospec.engine.speculation.drafters.base import DraftCosts, Proposer
 from evospec.engine.speculation.drafters.head import DraftHead
 from evospec.engine.speculation.drafters.kv import DraftKvTracker, chain_batches
-from evospec.engine.step_plan import DraftSlot, ScheduledSequence
-from evospec.kernels.native_chain import StopRule
+from evospec.engine.speculation.length.policy import EarlyStop
+from evospec.engine.step import DraftSlot, Proposal, Proposals, Step
 
 
 class DraftModel:
@@ -44,30 +44,33 @@ class DraftModelProposer(Proposer):
         self._block_size = attention.spec.block_size
         self._entries = DraftKvTracker(attention.spec.num_blocks, self._block_size)
 
-    def propose(self, slots: Sequence[DraftSlot], stop: StopRule | None = None) -> None:
+    def propose(self, slots: Sequence[DraftSlot], stop: EarlyStop | None = None) -> Proposals:
         chunks, ready = self._entries.catch_up([slot for slot in slots if slot.num_tokens > 0])
         if not chunks:
-            return
+            return {}
         hidden = self._forward(build_batch(chunks, self._block_size, self._loaded.device))
+        proposals = {slot.request: Proposal() for slot in ready}
         if not ready:
-            return
-        self._head.draft(hidden, ready)
-        for _, longer, batch in chain_batches(ready, self._block_size, self._loaded.device):
-            self._head.draft(self._forward(batch), longer)
+            return proposals
+        self._head.draft(hidden, proposals)
+        for _, longer, batch in chain_batches(ready, proposals, self._block_size, self._loaded.device):
+            self._head.draft(self._forward(batch), {slot.request: proposals[slot.request] for slot in longer})
+        return proposals
 
     def num_unread(self, request: Request) -> int:
         return self._entries.num_behind(request)
 
-    def after_verification(
-        self, sequences: Sequence[ScheduledSequence], num_kept: Sequence[int], features: Features | None
-    ) -> None:
+    def learn(self, step: Step) -> None:
         """Count the entries of accepted drafts as computed; new tokens are computed by a later ``propose``."""
-        for sequence, kept in zip(sequences, num_kept, strict=True):
+        for one in step.verified:
             # What was copied has no entries; the last draft was never an input, so it has none either.
-            drafted = 0 if sequence.request.draft_state.draftable.is_copied else sequence.num_draft_tokens
-            self._entries.mark_computed(sequence, max(min(kept, drafted) - 1, 0))
+            drafted = 0 if one.sequence.proposal.is_copied else one.sequence.num_draft_tokens
+            self._entries.mark_computed(one.sequence, max(min(one.num_chosen, drafted) - 1, 0))
 
-    def forget(self, request: Request) -> None:
+    def preempt(self, request: Request) -> None:
+        self._entries.forget(request)
+
+    def end(self, request: Request) -> None:
         self._entries.forget(request)
 
     def _forward(self, batch: ForwardBatch) -> torch.Tensor:

@@ -14,7 +14,7 @@ from evospec.engine.attention import flashinfer
 from evospec.engine.attention.base import AttentionBackend, AttentionSpec
 from evospec.engine.attention.native_cpu import NativeAttention
 from evospec.engine.attention.torch_paged import TorchPagedAttention
-from evospec.engine.batch import Features, ForwardBatch, padded_block_tables
+from evospec.engine.batch import ForwardBatch, padded_block_tables
 from evospec.engine.config import CacheConfig
 from evospec.engine.loader import LoadedModel
 from evospec.engine.model_runner import build_batch, lay_out
@@ -31,9 +31,10 @@ from evospec.engine.speculation.drafters.eagle_network import EagleNetwork, make
 from evospec.engine.speculation.drafters.gpu_chain import GpuChain
 from evospec.engine.speculation.drafters.head import DraftHead
 from evospec.engine.speculation.drafters.kv import Chunk, DraftKvTracker, FeatureStore, chain_batches
-from evospec.engine.step_plan import DraftSlot, ScheduledSequence
+from evospec.engine.speculation.length.policy import EarlyStop
+from evospec.engine.step import DraftSlot, Proposal, Proposals, Step
 from evospec.kernels.batched_lora import LoraRows
-from evospec.kernels.native_chain import NativeChain, StopRule, UnreadTokens
+from evospec.kernels.native_chain import NativeChain, UnreadTokens
 from evospec.kernels.upload import upload
 
 Embed = Callable[[torch.Tensor], torch.Tensor]
@@ -106,7 +107,7 @@ class EagleDraft:
 class EagleProposer(Proposer):
     """Keeps features in step with the target's KV, and computes entries from them when they are wanted.
 
-    ``after_verification`` stores the features of each computed token in the token's slot. So they are there for exactly
+    ``learn`` stores the features of each computed token in the token's slot. So they are there for exactly
     the tokens whose KV the target has: after a chunk, a preemption, a cached prefix, a long time without drafts. They
     are stored fused, as g, unless training changes how they are fused. What ``propose`` has not seen of a sequence it
     computes from there. Entries of drafted tokens are made from the draft's own guesses of g, and are written again
@@ -156,34 +157,45 @@ class EagleProposer(Proposer):
             return GpuChain(network, draft.embed, attention, draft.on_gpu, self._g_of, *sizes, lora)
         return None
 
-    def propose(self, slots: Sequence[DraftSlot], stop: StopRule | None = None) -> None:
+    def propose(self, slots: Sequence[DraftSlot], stop: EarlyStop | None = None) -> Proposals:
         if self.whole_draft is not None and self.whole_draft.num_loads != self._num_loads:
             self._num_loads = self.whole_draft.num_loads
             self._entries.outdate()
         chunks, ready = self._entries.catch_up([slot for slot in slots if slot.num_tokens > 0])
         if not chunks:
-            return
+            return {}
         if self._adapters is not None:
             self._adapters.refresh()
             self._adapters.assign([slot.request for slot in slots])
         if self._network.shift:
             chunks = [_one_place_earlier(chunk) for chunk in chunks if chunk.start + len(chunk.token_ids) > 1]
+        proposals = self._draft(chunks, ready, stop)
+        if self._adapters is not None:
+            for request, proposal in proposals.items():
+                proposal.version = self._adapters.assignment(request).version
+        return proposals
+
+    def _draft(
+        self, chunks: Sequence[Chunk], ready: Sequence[DraftSlot], stop: EarlyStop | None
+    ) -> dict[Request, Proposal]:
+        """Write the entries of tokens, and draft for the slots, whose chunks are the first."""
         if ready and isinstance(self._chain, NativeChain):
-            self._read_and_draft(self._chain, chunks, ready, stop)
-            return
+            return self._read_and_draft(self._chain, chunks, ready, stop)
         a = self._read(chunks)
         if not ready:
-            return
+            return {}
         if isinstance(self._chain, GpuChain) and self._chain.can_draft(ready):
-            self._chain.draft(a, ready)
-            return
-        self._head.draft(self._network.head_input(a), ready)
-        for rows, longer, batch in chain_batches(ready, self._block_size, self._device, self._network.shift):
-            of_tokens = (slot.request for slot in longer)
+            return {slot.request: one for slot, one in zip(ready, self._chain.draft(a, ready), strict=True)}
+        proposals = {slot.request: Proposal() for slot in ready}
+        self._head.draft(self._network.head_input(a), proposals)
+        shift = self._network.shift
+        for rows, longer, batch in chain_batches(ready, proposals, self._block_size, self._device, shift):
             if len(rows) < len(a):
                 a = a[upload(self._device, np.array(rows))[0]]
-            a = self._forward(batch, of_tokens, a)
-            self._head.draft(self._network.head_input(a), longer)
+            of_rows = {slot.request: proposals[slot.request] for slot in longer}
+            a = self._forward(batch, of_rows, a)
+            self._head.draft(self._network.head_input(a), of_rows)
+        return proposals
 
     def _read(self, chunks: Sequence[Chunk]) -> torch.Tensor:
         """Write the entries of tokens; the draft's state [L, hidden] at those whose logits are wanted."""
@@ -195,9 +207,9 @@ class EagleProposer(Proposer):
         return self._forward(batch, of_tokens, self._g_of(*slots))
 
     def _read_and_draft(
-        self, chain: NativeChain, chunks: Sequence[Chunk], ready: Sequence[DraftSlot], stop: StopRule | None
-    ) -> None:
-        """Write the entries of tokens, and draft for the slots, whose chunks are the first, all in one call."""
+        self, chain: NativeChain, chunks: Sequence[Chunk], ready: Sequence[DraftSlot], stop: EarlyStop | None
+    ) -> dict[Request, Proposal]:
+        """``_draft``, all in one call of the compiled kernels."""
         order = sorted(range(len(ready)), key=lambda row: -ready[row].num_tokens)
         slots, chunks = [ready[row] for row in order], [*(chunks[row] for row in order), *chunks[len(ready) :]]
         flat, before, g = lay_out(chunks, self._block_size), self._slots_before(chunks), self._stored.all_rows
@@ -208,7 +220,9 @@ class EagleProposer(Proposer):
             flat.token_ids, flat.positions, flat.slot_mapping, flat.query_start_loc, flat.seq_lens, before, g, lora
         )
         tables = padded_block_tables(flat.block_ids)
-        self._head.draft_chains(chain, unread, slots, tables, self._lora(slot.request for slot in slots), stop)
+        of_slots = self._lora(slot.request for slot in slots)
+        proposals = self._head.draft_chains(chain, unread, slots, tables, of_slots, stop)
+        return {slot.request: proposal for slot, proposal in zip(slots, proposals, strict=True)}
 
     def _lora(self, of_rows: Iterable[Request]) -> LoraRows | None:
         return self._adapters.rows(of_rows) if self._adapters else None
@@ -216,17 +230,20 @@ class EagleProposer(Proposer):
     def num_unread(self, request: Request) -> int:
         return self._entries.num_behind(request)
 
-    def after_verification(
-        self, sequences: Sequence[ScheduledSequence], num_kept: Sequence[int], features: Features | None
-    ) -> None:
+    def learn(self, step: Step) -> None:
         """Store the features of all tokens; those of refused drafts are overwritten when their slots are."""
-        assert features is not None
-        for sequence in sequences:
-            self._entries.mark_computed(sequence, 0)
-        self._stored.add(features)
+        assert step.features is not None
+        for one in step.verified:
+            self._entries.mark_computed(one.sequence, 0)
+        self._stored.add(step.features)
 
-    def forget(self, request: Request) -> None:
+    def preempt(self, request: Request) -> None:
         self._entries.forget(request)
+
+    def end(self, request: Request) -> None:
+        self._entries.forget(request)
+        if self._adapters is not None:
+            self._adapters.forget(request)
 
     def _forward(self, batch: ForwardBatch, of_tokens: Iterable[Request], g: torch.Tensor) -> torch.Tensor:
         """a [n, hidden] of the tokens that want logits; ``of_tokens``: whose each token of the batch is."""

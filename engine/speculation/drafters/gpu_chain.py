@@ -29,8 +29,8 @@ from evospec.engine.sampling.choose import row_sampling
 from evospec.engine.speculation.drafters.eagle_network import EagleNetwork
 from evospec.engine.speculation.drafters.gpu_head import GpuHead
 from evospec.engine.speculation.drafters.kv import Chunk
+from evospec.engine.step import DraftSlot, Proposal
 from evospec.engine.step_graphs import CudaGraphRecorder, Planned, Replay, filled_up, padded, read_by_graphs
-from evospec.engine.step_plan import DraftSlot
 from evospec.kernels.batched_lora import LoraRows
 from evospec.kernels.choose_tokens import GpuRows, RowSampling, choice_arrays
 from evospec.kernels.session_memory import DraftedRounds
@@ -119,8 +119,8 @@ class GpuChain:
         graph.replay()
         return graph.output[:num_wanted]
 
-    def draft(self, a: torch.Tensor, slots: Sequence[DraftSlot]) -> None:
-        """Append draft tokens to each request, as many as its slot has room for.
+    def draft(self, a: torch.Tensor, slots: Sequence[DraftSlot]) -> list[Proposal]:
+        """Draft tokens for each slot, as many as it has room for.
 
         Args:
             a: [B, hidden], the draft's state after each sequence's last known token.
@@ -145,9 +145,9 @@ class GpuChain:
         graph.replay()
         block = self._on_host[: graph.output.numel()].view(graph.output.shape)
         block.copy_(graph.output)
-        for slot, tokens in zip(slots, block[:, : len(slots)].T.tolist(), strict=True):
-            slot.request.draft_token_ids += tokens[: slot.num_tokens]
         self._head.learn_from(requests, [slot.num_tokens for slot in slots], block)
+        of_slots = zip(slots, block[:, : len(slots)].T.tolist(), strict=True)
+        return [Proposal(tokens[: slot.num_tokens]) for slot, tokens in of_slots]
 
     def _plans(
         self, slots: Sequence[DraftSlot], length: int, size: int

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from evospec.engine.draft_state import NONE
+from evospec.engine.draft_vocab.running_texts import NONE
 from evospec.engine.draft_vocab.vocab import DraftVocab
 from evospec.engine.request import Request
 from evospec.kernels.choose_tokens import GpuRows
@@ -52,9 +52,8 @@ class GpuHead:
         rows = np.full((3, size), NONE, np.int32)
         if self._vocab is not None:
             self._vocab.before_drafts(requests)
-            states = [request.draft_state for request in requests]
-            sessions = [state.session for state in states]
-            texts = [NONE if state.session == NONE else state.text for state in states]
+            sessions, texts = self._vocab.slots(requests), self._vocab.texts.slots(requests)
+            texts = [NONE if session == NONE else text for session, text in zip(sessions, texts, strict=True)]
             rows[0] = self._vocab.num_total
             rows[:, : len(requests)] = self._vocab.slabs(requests), sessions, texts
         return rows
@@ -86,5 +85,4 @@ class GpuHead:
     def learn_from(self, requests: Sequence[Request], lengths: Sequence[int], block: torch.Tensor) -> None:
         """Tell priors what the chains were chosen from: ``DraftedRounds.block``, on the host."""
         if self._prior is not None and self._vocab is not None:
-            sessions = [request.draft_state.session for request in requests]
-            self._vocab.sessions.take_drafts(block, self._count, sessions, lengths)
+            self._vocab.sessions.take_drafts(block, self._count, self._vocab.slots(requests), lengths)

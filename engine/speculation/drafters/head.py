@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +20,12 @@ from evospec.engine.request import Request
 from evospec.engine.sampling.choose import all_greedy, choose_tokens, row_sampling
 from evospec.engine.speculation.drafters.gpu_head import GpuHead
 from evospec.engine.speculation.drafters.own_head import OwnHead
-from evospec.engine.step_plan import DraftSlot
+from evospec.engine.speculation.length.policy import EarlyStop
+from evospec.engine.step import DraftSlot, Proposal
 from evospec.kernels.batched_lora import LoraRows
 from evospec.kernels.draft_head import draft_head_topk
 from evospec.kernels.head_rows import Core, HeadRows, TailMemory, TailSlabs
-from evospec.kernels.native_chain import ChainBatch, NativeChain, StopRule, UnreadTokens
+from evospec.kernels.native_chain import ChainBatch, NativeChain, UnreadTokens
 from evospec.kernels.native_decoder import KvCache
 from evospec.kernels.upload import upload
 
@@ -73,29 +74,32 @@ class DraftHead:
         num_core, num_slots = None if ids is None else len(ids), None if tails is None else tails.slots
         self.description = _describe(num_core, num_slots, own, has_prior=vocab is not None)
 
-    def draft(self, hidden: torch.Tensor, slots: Sequence[DraftSlot]) -> None:
-        """Append the next draft token of each sequence to its ``draft_token_ids``; ``hidden`` as for ``choose_for``."""
-        choices = self.choose_for(hidden, [slot.request for slot in slots])
-        for slot, token_id in zip(slots, choices, strict=True):
-            slot.request.draft_token_ids.append(token_id)
+    def draft(self, hidden: torch.Tensor, proposals: Mapping[Request, Proposal]) -> None:
+        """Append the next draft token of each sequence to its proposal; ``hidden`` [N, hidden] has a row for each."""
+        choices = self.choose_for(hidden, list(proposals), list(proposals.values()))
+        for proposal, token_id in zip(proposals.values(), choices, strict=True):
+            proposal.token_ids.append(token_id)
 
-    def choose_for(self, hidden: torch.Tensor, requests: Sequence[Request]) -> list[int]:
+    def choose_for(self, hidden: torch.Tensor, requests: Sequence[Request], proposals: Sequence[Proposal]) -> list[int]:
         """The next draft token of each request, by its own vocabulary and prior.
 
         Args:
             hidden: [N, hidden], as the model's ``compute_logits`` takes it.
-            requests: one a row, whose drafts before this one are in their ``draft_token_ids``.
+            requests: one a row.
+            proposals: of each, with the drafts before this one; takes the hidden states where these are kept.
         """
-        params = [request.sampling for request in requests]
-        positions = () if all_greedy(params) else next_positions(requests)
+        params, drafts = [request.sampling for request in requests], [proposal.token_ids for proposal in proposals]
+        positions: Sequence[int] = ()
+        if not all_greedy(params):
+            positions = [one.num_tokens + len(before) for one, before in zip(requests, drafts, strict=True)]
         vocab = self.vocab
         if vocab is None:
             return self.choose(hidden, params, positions)
-        if not requests[0].draft_token_ids:
+        if not drafts[0]:
             vocab.before_drafts(requests)
         if vocab.keeps_hidden:
-            for request, row in zip(requests, hidden.float().cpu().numpy(), strict=True):
-                request.draft_state.hidden.append(row)
+            for proposal, row in zip(proposals, hidden.float().cpu().numpy(), strict=True):
+                proposal.hidden.append(row)
         slabs = vocab.slabs(requests) if self.has_tails else None
         if not vocab.uses_prior:
             return self.choose(hidden, params, positions, slabs)
@@ -105,7 +109,7 @@ class DraftHead:
             places, wanted = upload(hidden.device, rows, tokens)
             return self.logits(hidden.index_select(0, places), wanted).cpu()
 
-        best = vocab.choose_with_prior(requests, token_ids, logits, logits_of)
+        best = vocab.choose_with_prior(requests, drafts, token_ids, logits, logits_of)
         if all_greedy(params):
             return best
         logits, token_ids = upload(hidden.device, logits.numpy(), token_ids.numpy())
@@ -182,9 +186,9 @@ class DraftHead:
         slots: Sequence[DraftSlot],
         tables: NDArray[np.int32],
         lora: LoraRows | None,
-        stop: StopRule | None,
-    ) -> None:
-        """As ``draft``, for as many tokens as each sequence wants or ``stop`` allows, the longest chain first.
+        stop: EarlyStop | None,
+    ) -> list[Proposal]:
+        """Drafts of each sequence, as many tokens as it wants or ``stop`` allows, the longest chain first.
 
         Args:
             chain: of this head.
@@ -196,15 +200,18 @@ class DraftHead:
         """
         result = chain.run(self._chain_batch(slots, tables, lora, stop), unread)
         hidden = result.hidden.float().numpy() if self.vocab is not None and self.vocab.keeps_hidden else None
+        proposals = []
         for row, (slot, tokens) in enumerate(zip(slots, result.tokens, strict=True)):
-            slot.request.draft_token_ids += tokens[: slot.num_tokens]
+            proposal = Proposal(tokens[: slot.num_tokens])
             if result.confidence is not None:
-                slot.request.draft_state.confidence = result.confidence[row][: slot.num_tokens]
+                proposal.confidence = result.confidence[row][: slot.num_tokens]
             if hidden is not None:
-                slot.request.draft_state.hidden = list(hidden[: min(slot.num_tokens, len(tokens)), row])
+                proposal.hidden = list(hidden[: len(proposal.token_ids), row])
+            proposals.append(proposal)
+        return proposals
 
     def _chain_batch(
-        self, slots: Sequence[DraftSlot], tables: NDArray[np.int32], lora: LoraRows | None, stop: StopRule | None
+        self, slots: Sequence[DraftSlot], tables: NDArray[np.int32], lora: LoraRows | None, stop: EarlyStop | None
     ) -> ChainBatch:
         requests, lengths = [slot.request for slot in slots], [slot.num_tokens for slot in slots]
         vocab, slabs, sessions, texts = self.vocab, None, None, None
@@ -212,14 +219,15 @@ class DraftHead:
             vocab.before_drafts(requests)
             slabs = vocab.slabs(requests) if self.has_tails else None
             if vocab.uses_prior:
-                sessions = [request.draft_state.session for request in requests]
-                texts = [request.draft_state.text for request in requests]
+                sessions, texts = vocab.slots(requests), vocab.texts.slots(requests)
         positions = [request.num_tokens - 1 for request in requests]
         sampling = row_sampling([request.sampling for request in requests])
-        sequences = [] if stop is None else [request.draft_state.draftable for request in requests]
-        tenants = [one.tenant_number for one in sequences]
-        acceptance = [[*one.acceptance, *[0.0] * (lengths[0] - len(one.acceptance))] for one in sequences]
-        return ChainBatch(lengths, positions, tables, sampling, slabs, sessions, texts, lora, stop, tenants, acceptance)
+        rule, tenants, acceptance = None, list[int](), list[list[float]]()
+        if stop is not None:
+            rule, tenants = stop.rule, [stop.tenants[request] for request in requests]
+            by_place = [stop.acceptance[request] for request in requests]
+            acceptance = [[*chances, *[0.0] * (lengths[0] - len(chances))] for chances in by_place]
+        return ChainBatch(lengths, positions, tables, sampling, slabs, sessions, texts, lora, rule, tenants, acceptance)
 
     def candidates(
         self, hidden: torch.Tensor, slabs: Sequence[int] | None = None, count: int = CANDIDATES
@@ -246,11 +254,6 @@ def _describe(num_core: int | None, num_slots: int | None, own: OwnHead | None, 
         core = f"of its own {size} tokens"
     tails = "" if num_slots is None else f" + {num_slots}"
     return core + tails + (", with a prior" if has_prior else "")
-
-
-def next_positions(requests: Iterable[Request]) -> list[int]:
-    """The index of each request's next draft token in its sequence."""
-    return [request.num_tokens + len(request.draft_token_ids) for request in requests]
 
 
 def any_token(choices: list[int]) -> list[int]:

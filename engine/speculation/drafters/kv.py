@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import msgspec
 import numpy as np
@@ -14,7 +14,7 @@ from evospec.engine.batch import Features, ForwardBatch, padded_block_tables
 from evospec.engine.model_runner import slots_of
 from evospec.engine.request import Request
 from evospec.engine.speculation.drafters.eagle_network import EagleNetwork
-from evospec.engine.step_plan import DraftSlot, ScheduledSequence
+from evospec.engine.step import DraftSlot, Proposal, ScheduledSequence
 
 MAX_CATCH_UP_TOKENS = 512
 """Most unseen tokens that one call of ``catch_up`` lets a draft compute, of few sequences; the rest waits a step."""
@@ -44,6 +44,8 @@ class DraftKvTracker:
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self._block_size = block_size
+        self._num_entries: dict[Request, int] = {}
+        """Of each sequence, how many of its first tokens have one; none where nothing is said."""
         self._complete = bytearray(num_blocks)
         """For each block: whether all its entries were computed since the target last wrote to it."""
 
@@ -61,7 +63,7 @@ class DraftKvTracker:
         budget = max(MAX_CATCH_UP_TOKENS, TOKENS_EACH * len(slots))
         chunks: list[Chunk] = []
         ready: list[DraftSlot] = []
-        for slot in sorted(slots, key=lambda slot: slot.request.num_tokens - slot.request.draft_state.num_entries):
+        for slot in sorted(slots, key=lambda slot: slot.request.num_tokens - self._num_of(slot.request)):
             token_ids = slot.request.all_token_ids
             start = self._skip_complete(slot)
             end = min(len(token_ids), start + budget)
@@ -85,12 +87,12 @@ class DraftKvTracker:
         request, start, end = sequence.request, sequence.start, sequence.start + len(sequence.token_ids)
         for block_id in sequence.block_ids[start // self._block_size : -(-end // self._block_size)]:
             self._complete[block_id] = False
-        num_computed = request.draft_state.num_entries + num_drafted
+        num_computed = self._num_of(request) + num_drafted
         self._set_computed(request, sequence.block_ids, start, num_computed)
 
     def num_behind(self, request: Request) -> int:
         """Tokens without an entry, but for the few that are new with every draft; shared blocks are not looked at."""
-        return max(request.num_tokens - request.draft_state.num_entries - TOKENS_EACH, 0)
+        return max(request.num_tokens - self._num_of(request) - TOKENS_EACH, 0)
 
     def outdate(self) -> None:
         """The draft has other weights: no entry that is there already is taken over by a new sequence."""
@@ -98,7 +100,11 @@ class DraftKvTracker:
 
     def forget(self, request: Request) -> None:
         """A request has lost its blocks; of these the knowledge stays."""
-        request.draft_state.num_entries = 0
+        self._num_entries.pop(request, None)
+
+    def _num_of(self, request: Request) -> int:
+        """Its first tokens with an entry."""
+        return self._num_entries.get(request, 0)
 
     def _skip_complete(self, slot: DraftSlot) -> int:
         """Tokens with an entry, those included that another sequence has computed in a shared block.
@@ -106,7 +112,7 @@ class DraftKvTracker:
         The last known token is not among them: the draft goes on from its state. And only blocks that the target has
         filled count: the others' flags may be left over from an earlier use.
         """
-        num_computed = slot.request.draft_state.num_entries
+        num_computed = self._num_of(slot.request)
         block, num_full = num_computed // self._block_size, slot.request.num_computed_tokens // self._block_size
         while block < num_full and self._complete[slot.block_ids[block]]:
             block += 1
@@ -114,13 +120,17 @@ class DraftKvTracker:
 
     def _set_computed(self, request: Request, block_ids: Sequence[int], start: int, num_computed: int) -> None:
         """All tokens before ``num_computed`` have entries now; before ``start`` nothing has changed."""
-        request.draft_state.num_entries = num_computed
+        self._num_entries[request] = num_computed
         for block_id in block_ids[start // self._block_size : num_computed // self._block_size]:
             self._complete[block_id] = True
 
 
 def chain_batches(
-    slots: Sequence[DraftSlot], block_size: int, device: torch.device, shift: int = 0
+    slots: Sequence[DraftSlot],
+    proposals: Mapping[Request, Proposal],
+    block_size: int,
+    device: torch.device,
+    shift: int = 0,
 ) -> Iterator[tuple[list[int], list[DraftSlot], ForwardBatch]]:
     """Batches of the newest draft tokens, until no sequence has room for another.
 
@@ -129,6 +139,7 @@ def chain_batches(
 
     Args:
         slots: sequences that have one draft token each by the time of the first batch.
+        proposals: where these are.
         block_size: tokens per block of the KV cache.
         device: where the model is.
         shift: a token's entry lies so many places before the token's own.
@@ -138,7 +149,7 @@ def chain_batches(
         logits are wanted of all.
     """
     ready = list(slots)
-    rows = _rows_with_room(ready)
+    rows = _rows_with_room(ready, proposals)
     if not rows:
         return
     tables = padded_block_tables([slot.block_ids for slot in ready])
@@ -147,9 +158,9 @@ def chain_batches(
         if len(rows) < len(ready):
             ready, tables, positions = [ready[row] for row in rows], tables[rows], positions[rows]
         positions = positions + 1  # a new array every time: the batch before may still be in use
-        token_ids = np.array([slot.request.draft_token_ids[-1] for slot in ready], dtype=np.int32)
+        token_ids = np.array([proposals[slot.request].token_ids[-1] for slot in ready], dtype=np.int32)
         yield rows, ready, one_token_each(token_ids, positions, tables, block_size).on(device)
-        rows = _rows_with_room(ready)
+        rows = _rows_with_room(ready, proposals)
 
 
 def one_token_each(
@@ -169,9 +180,9 @@ def one_token_each(
     )
 
 
-def _rows_with_room(slots: Sequence[DraftSlot]) -> list[int]:
+def _rows_with_room(slots: Sequence[DraftSlot], proposals: Mapping[Request, Proposal]) -> list[int]:
     """Of those sequences that may have another draft token."""
-    return [row for row, slot in enumerate(slots) if slot.num_tokens > len(slot.request.draft_token_ids)]
+    return [row for row, slot in enumerate(slots) if slot.num_tokens > len(proposals[slot.request].token_ids)]
 
 
 class FeatureStore:

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from evospec.engine.config import MAX_SPECULATIVE_TOKENS
-from evospec.engine.speculation.length.ratio import Ratio
 from evospec.kernels.native_chain import CONFIDENCE_LEVELS
 
 MAX_ACCEPTANCE = 0.98
@@ -23,6 +22,27 @@ _SEQUENCE_MEMORY = 0.9
 """The same in a sequence's own, for each verified step."""
 IDLE_MEMORY = 0.98
 """The same for each step without a draft: an old failure is forgotten, and the sequence tried again."""
+_SEQUENCE_PRIOR = 2.0
+"""Tokens that are taken to have been accepted as expected before the first."""
+
+
+@dataclass(slots=True)
+class Ratio:
+    """How the drafts of a sequence, or at repeats of a level, fare against the average of the tenant's.
+
+    The ratio is accepted / expected, with fading memory.
+    """
+
+    accepted: float = 0.0
+    expected: float = 0.0
+
+    @property
+    def value(self) -> float:
+        return (self.accepted + _SEQUENCE_PRIOR) / (self.expected + _SEQUENCE_PRIOR)
+
+    def fade(self, memory: float) -> None:
+        self.accepted *= memory
+        self.expected *= memory
 
 
 @dataclass(slots=True)

@@ -6,20 +6,20 @@ import time
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import structlog
 import torch
 
+from evospec.engine.batch import Features
 from evospec.engine.config import EngineConfig
-from evospec.engine.draft_state import DraftSource
-from evospec.engine.draft_vocab.vocab import DraftVocab, most_likely
+from evospec.engine.draft_vocab.vocab import DraftVocab
 from evospec.engine.messages import SamplingParams
 from evospec.engine.model_runner import ModelRunner
 from evospec.engine.request import Request
 from evospec.engine.speculation.drafters.base import Proposer
 from evospec.engine.speculation.length.costs import Curve, StepCosts, without_spikes
-from evospec.engine.step_plan import DraftSlot, ScheduledSequence
-from evospec.engine.verification import Verification
+from evospec.engine.step import NOTHING, Batch, DraftSlot, Proposals, ScheduledSequence, Step, Verification
 from evospec.kernels.choose_tokens import choose_tokens
 
 log = structlog.get_logger(__name__)
@@ -117,11 +117,11 @@ class CostMeter:
         def run() -> None:
             logits, features = self._runner.execute(steps, self._proposer.capture_layers)
             choose_tokens(logits, None, [0] * len(logits), team=self._runner.team)
-            self._proposer.after_verification(steps, [1] * len(steps), features)
+            self._proposer.learn(_verified(steps, logits, features))
 
         seconds = _seconds(run)
         for step in steps:
-            self._proposer.forget(step.request)
+            self._proposer.end(step.request)
         return (seconds,)
 
     def _draft_seconds(self, batch_size: int) -> tuple[float, float, float]:
@@ -134,8 +134,9 @@ class CostMeter:
             self._vocab.warm_up([request for request, _ in sequences])
         self._step(prompts)
         for _ in range(2):  # the prompts are read first
-            one, learning = self._propose(sequences, 1), self._verify(sequences)
-        many = self._propose(sequences, _MANY_DRAFTS)
+            one, proposals = self._propose(sequences, 1)
+            learning = self._verify(sequences, proposals)
+        many, _ = self._propose(sequences, _MANY_DRAFTS)
         self._forget([request for request, _ in sequences])
         return one, learning, many
 
@@ -149,49 +150,50 @@ class CostMeter:
             request = Request("cost meter", b"", "", _GREEDY, prompt)
             learning = self._step([ScheduledSequence(request, 0, prompt, 0, 0, 1, blocks)])
             one = [(request, blocks)]
-            seconds.append(learning + self._propose(one, 1) + self._verify(one))
+            drafting, proposals = self._propose(one, 1)
+            seconds.append(learning + drafting + self._verify(one, proposals))
             self._forget([request])
         return max(min(seconds) - first_draft, 0.0) / count
 
-    def _propose(self, sequences: Sequence[tuple[Request, array[int]]], length: int) -> float:
+    def _propose(self, sequences: Sequence[tuple[Request, array[int]]], length: int) -> tuple[float, Proposals]:
+        """Seconds that drafts of so many tokens take, and these."""
         slots = [DraftSlot(request, length, blocks) for request, blocks in sequences]
-        return _seconds(lambda: self._proposer.propose(slots))
+        proposals: Proposals = {}
 
-    def _verify(self, sequences: Sequence[tuple[Request, array[int]]]) -> float:
+        def run() -> None:
+            nonlocal proposals
+            proposals = self._proposer.propose(slots)
+
+        return _seconds(run), proposals
+
+    def _verify(self, sequences: Sequence[tuple[Request, array[int]]], proposals: Proposals) -> float:
         """A step with the drafts, none of which is accepted; returns what vocabularies take to follow."""
         steps = []
         for request, blocks in sequences:
-            drafts = request.draft_token_ids
-            tokens = [request.all_token_ids[-1], *drafts]
-            steps.append(
-                ScheduledSequence(request, request.num_computed_tokens, tokens, len(drafts), 0, len(tokens), blocks)
-            )
+            proposal, start = proposals.get(request, NOTHING), request.num_computed_tokens
+            tokens, count = [request.all_token_ids[-1], *proposal.token_ids], len(proposal.token_ids)
+            steps.append(ScheduledSequence(request, start, tokens, count, 0, len(tokens), blocks, proposal))
         return self._step(steps)
 
     def _forget(self, requests: Sequence[Request]) -> None:
         for request in requests:
-            self._proposer.forget(request)
+            self._proposer.end(request)
             if self._vocab is not None:
-                self._vocab.forget(request)
+                self._vocab.end(request)
+                self._vocab.texts.end(request)
 
     def _step(self, steps: Sequence[ScheduledSequence]) -> float:
         """Compute and commit one new token for each; returns the seconds that their vocabularies took to follow."""
         logits, features = self._runner.execute(steps, self._proposer.capture_layers)
-        self._proposer.after_verification(steps, [1] * len(steps), features)
-        seconds = 0.0
-        if self._vocab is not None:
-            follow, verified, row = self._vocab.follow, [], 0
-            for step in steps:
-                source: DraftSource | None = "draft" if step.num_draft_tokens else None
-                verified.append(Verification(step, row, kept=[1], source=source))
-                row += step.num_logits
-            seconds = _seconds(lambda: follow(verified, most_likely(logits)))
-        for step in steps:
-            request = step.request
+        verified = _verified(steps, logits, features)
+        self._proposer.learn(verified)
+        vocab = self._vocab
+        seconds = 0.0 if vocab is None else _seconds(lambda: vocab.learn(verified))
+        for sequence in steps:
+            request = sequence.request
             request.num_computed_tokens = request.num_tokens
             request.all_token_ids.append(1)
             request.output_token_ids.append(1)
-            request.draft_token_ids = []
         return seconds
 
     def _sequences(self, count: int) -> list[tuple[Request, array[int]]]:
@@ -203,6 +205,14 @@ class CostMeter:
             )
             for index in range(count)
         ]
+
+
+def _verified(sequences: Sequence[ScheduledSequence], logits: torch.Tensor, features: Features | None) -> Step:
+    """A step in which each sequence gets one new token, none of its drafts being right."""
+    rows = accumulate((sequence.num_logits for sequence in sequences), initial=0)
+    verified = [Verification(sequence, row, kept=[1]) for sequence, row in zip(sequences, rows, strict=False)]
+    num_tokens = sum(len(sequence.token_ids) for sequence in sequences)
+    return Step(Batch([*sequences], num_tokens, 0, []), verified, logits, features)
 
 
 Measure = Callable[[int], tuple[float, ...]]

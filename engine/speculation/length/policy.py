@@ -2,89 +2,84 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import msgspec
 
-from evospec.engine.speculation.length.ratio import Ratio
-
-if TYPE_CHECKING:
-    from evospec.engine.speculation.length.acceptance import Tenant
-    from evospec.kernels.native_chain import StopRule
-
-
-class Copy(msgspec.Struct, frozen=True):
-    """Tokens that may come next because the sequence's end came before. The more agreed there, the surer they are."""
-
-    token_ids: list[int]
-    levels: Sequence[int]
-    """How sure each of them is."""
+from evospec.engine.learner import Learner
+from evospec.engine.request import Request
+from evospec.engine.step import Copy, Proposal, Step, StepClock
+from evospec.kernels.native_chain import StopRule
 
 
-@dataclass(eq=False, slots=True)
-class Draftable:
-    """A decoding sequence, as policies see it. The same object stands for it in all steps."""
+class Candidate(msgspec.Struct, frozen=True):
+    """A decoding sequence that may be drafted for in a step."""
 
-    tenant: str = ""
-    limit: int = 0
-    """Most tokens that may be drafted in this step, if none is copied."""
+    request: Request
+    limit: int
+    """Most tokens that may be drafted, if none is copied."""
     num_unread: int = 0
     """How many of its tokens its draft has to read before it can draft."""
-    greedy: bool = True
-    """Whether its tokens are the most likely ones."""
-    repeat: Sequence[int] = ()
-    """How sure each token is that may be copied in this step, a level each; none where its end does not repeat."""
+    copy: Copy | None = None
+    """What may be copied in place of drafts; None where its end does not repeat."""
+
+    @property
+    def repeat(self) -> Sequence[int]:
+        """How sure each token is that may be copied, a level each."""
+        return () if self.copy is None else self.copy.levels
+
+
+class Length(msgspec.Struct, frozen=True):
+    """What a sequence gets in a step: room for so many draft tokens, which are its draft's, or copied."""
+
+    num_tokens: int
     is_copied: bool = False
-    """By the policy: whether it is copied."""
-    planned: int = 0
-    """By the policy: how many tokens are best to draft in this step, as far as is known before it."""
-    ratio: Ratio = field(default_factory=Ratio)
-    """By the policy: how its drafts have fared."""
-    of_tenant: Tenant | None = None
-    """By the policy: how its tenant's have."""
-    tenant_number: int = 0
-    """By the policy: which of the step's tenants that is, for ``StopRule``."""
-    acceptance: Sequence[float] = ()
-    """By the policy, with a ``StopRule``: by place, how likely a draft is right, given that those before it are."""
 
 
-class Chain(msgspec.Struct, frozen=True):
-    """Tokens drafted for a sequence, those too that are not verified."""
+@dataclass(frozen=True)
+class EarlyStop:
+    """When the chains of a step end before the room that they have."""
 
-    token_ids: Sequence[int]
-    confidence: Sequence[int]
-    """Of each token, a level; empty where it is not known."""
+    rule: StopRule
+    tenants: Mapping[Request, int]
+    """Which of the rule's tenants each sequence is of."""
+    acceptance: Mapping[Request, Sequence[float]]
+    """Of each, by place, how likely a draft is right, given that those before it are."""
 
 
-class LengthPolicy:
-    """Decides how many tokens to draft: always as many as allowed, where a subclass does not say otherwise."""
+class LengthPolicy(Learner):
+    """Decides how many tokens to draft: always as many as allowed, where a subclass does not say otherwise.
+
+    Within a step: ``rests``, ``lengths``, ``stop_rule``, ``worth_verifying``, ``learn`` and ``measured``.
+    """
+
+    part = "lengths"
 
     def drafts_for_most(self, tenant: str) -> bool:
         """Whether of late most of a tenant's sequences were drafted for: else what drafts need is made at the first."""
         return True
 
-    def rests(self, sequences: Sequence[Draftable]) -> bool:
+    def rests(self, num_sequences: int) -> bool:
         """Whether the decoding sequences of a step get no drafts, whatever repeats in them."""
         return False
 
-    def lengths(self, sequences: Sequence[Draftable], num_joining: int) -> list[int]:
+    def lengths(self, candidates: Sequence[Candidate], num_joining: int) -> list[Length]:
         """Most draft tokens of all decoding sequences of a step, which ``num_joining`` more are about to join."""
-        return [one.limit for one in sequences]
+        return [Length(one.limit) for one in candidates]
 
-    def stop_rule(self, sequences: Sequence[Draftable], lengths: Sequence[int]) -> StopRule | None:
-        """When the chains of the sequences drafted for, which have room for so many tokens, end before; None: never."""
+    def stop_rule(self, lengths: Mapping[Request, int]) -> EarlyStop | None:
+        """When the chains of sequences end that have room for so many tokens; None: never before."""
         return None
 
-    def worth_verifying(self, sequences: Sequence[Draftable], chains: Sequence[Chain]) -> list[int]:
-        """How many tokens of each chain to verify; those without confidence are left as they are."""
-        return [len(chain.token_ids) for chain in chains]
+    def worth_verifying(self, proposals: Mapping[Request, Proposal]) -> list[int]:
+        """How many tokens of each to verify; those without confidence are left as they are."""
+        return [len(proposal.token_ids) for proposal in proposals.values()]
 
-    def record_drafts(self, sequence: Draftable, chain: Chain, outcomes: Sequence[bool]) -> None:
-        """What became of a chain, place by place up to the first that the target did not choose."""
+    def record_drafts(self, request: Request, proposal: Proposal, outcomes: Sequence[bool]) -> None:
+        """What became of what was drafted, place by place up to the first that the target did not choose."""
 
-    def record_copy(self, sequence: Draftable, outcomes: Sequence[bool]) -> None:
+    def record_copy(self, request: Request, copy: Copy, outcomes: Sequence[bool]) -> None:
         """What became, or would have become, of what could be copied in this step."""
 
     def record_seconds(self, seconds: float) -> None:
@@ -92,3 +87,20 @@ class LengthPolicy:
 
     def record_step(self, num_tokens: int, seconds: float) -> None:
         """What a step without prompts took that verified so many tokens, its drafts left out."""
+
+    def learn(self, step: Step) -> None:
+        for one in step.verified:
+            proposal = one.sequence.proposal
+            if not one.kept:
+                continue
+            if proposal.copy is not None:
+                self.record_copy(one.request, proposal.copy, one.outcomes(proposal.copy.token_ids))
+            if proposal.drafted:
+                self.record_drafts(one.request, proposal, one.outcomes(proposal.drafted))
+
+    def measured(self, step: Step, clock: StepClock) -> None:
+        proposals = (sequence.proposal for sequence in step.batch.sequences)
+        if any(proposal.token_ids and not proposal.is_copied for proposal in proposals):
+            self.record_seconds(clock["propose"] + clock["vocabulary"])
+        if not step.batch.num_prompt_tokens:
+            self.record_step(step.batch.num_tokens, clock.seconds - clock.speculation)
