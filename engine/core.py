@@ -31,11 +31,10 @@ from evospec.engine.request import Arrivals, Request, engine_request_id
 from evospec.engine.sampling.constrained import ConstrainedRequests
 from evospec.engine.sampling.gpu_choices import GpuChoices
 from evospec.engine.sampling.grammar_pool import GrammarPool
-from evospec.engine.sampling.sampler import SampledSequence
 from evospec.engine.scheduler import QueueFull, RequestTooLong, Scheduler
 from evospec.engine.speculation.build import load_draft, make_speculation
 from evospec.engine.speculation.drafters.base import Draft
-from evospec.engine.step import Batch, Decodes, DraftSlot, Proposals, Step, StepClock, Verification
+from evospec.engine.step import Batch, Decodes, DraftSlot, Proposals, SampledSequence, Step, StepClock, Verification
 from evospec.engine.tensor_parallel.processes import load_target
 from evospec.engine.text.tokenizer import Tokenizer
 from evospec.engine.truncation import Truncation

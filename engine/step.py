@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 import numpy as np
 
-from evospec.engine.messages import StepTimings
+from evospec.engine.messages import StepTimings, TokenLogprob
 from evospec.engine.request import Request
 from evospec.engine.truncation import Truncation
+from evospec.kernels.topk import topk_rows_on_host
 
 if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
     from evospec.engine.batch import Features
-    from evospec.engine.sampling.sampler import SampledSequence
     from evospec.kernels.native import Team
 
 DraftSource = Literal["draft", "lookup"]
@@ -155,6 +155,18 @@ class Batch:
     preempted: list[Request]
 
 
+class SampledSequence(msgspec.Struct, frozen=True):
+    """Accepted drafts, then one recovered or bonus token; logprobs where the request asks for them.
+
+    ``is_finite`` False: one of the logits of the next choice is NaN or +inf, so nothing can be chosen; the last token
+    is missing.
+    """
+
+    token_ids: list[int]
+    logprobs: list[TokenLogprob] | None
+    is_finite: bool = True
+
+
 class Verification(msgspec.Struct, frozen=True):
     """What a step has decided about one sequence, before the commit."""
 
@@ -225,8 +237,6 @@ class Step:
         What was asked for last is kept: who asks for a part of it waits for nothing. ``team``: threads that help. For
         few rows it takes the calling one less time than to wake them.
         """
-        from evospec.kernels.topk import topk_rows_on_host
-
         known = self._known
         if known is None or known[1].shape[1] < k or not known[0].keys() >= set(rows):
             values, columns = topk_rows_on_host(self.logits, k, team, rows)

@@ -11,8 +11,8 @@ from evospec.engine.request import Request
 from evospec.engine.sampling.constrained import num_choosable
 from evospec.engine.sampling.gpu_choices import GpuChoices
 from evospec.engine.sampling.logprobs import collect_prompt_logprobs
-from evospec.engine.sampling.sampler import SampledSequence, Sampler, SamplingRows
-from evospec.engine.step import ScheduledSequence, Verification
+from evospec.engine.sampling.sampler import Sampler, SamplingRows
+from evospec.engine.step import SampledSequence, ScheduledSequence, Verification
 from evospec.engine.text.tokenizer import Tokenizer
 from evospec.engine.truncation import StopChecker
 from evospec.kernels.native import Team

@@ -97,7 +97,7 @@ class Texts:
             patch("evospec.engine.speculation.drafters.gpu_chain.CudaGraphRecorder", StubRecorder),
             patch("evospec.engine.step_graphs.CudaGraphRecorder", StubRecorder),
             patch("evospec.engine.attention.flashinfer.FlashInferAttention", StubAttention),
-            patch("evospec.engine.draft_vocab.vocab.topk_rows_on_host", self._likely),
+            patch("evospec.engine.step.topk_rows_on_host", self._likely),
         ):
             yield
 
@@ -112,7 +112,7 @@ class Texts:
 
     @stub
     def _likely(
-        self, logits: torch.Tensor, k: int, rows: Sequence[int] | None = None
+        self, logits: torch.Tensor, k: int, _team: object = None, rows: Sequence[int] | None = None
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """In place of ``topk_rows_on_host``: the target's most likely tokens [n, k], the text's own first."""
         logits = logits if rows is None else logits[list(rows)]

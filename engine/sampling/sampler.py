@@ -19,6 +19,7 @@ from evospec.engine.sampling.choose import SamplingState, all_greedy, row_sampli
 from evospec.engine.sampling.gpu_choices import GpuChoices
 from evospec.engine.sampling.logprobs import token_logprobs
 from evospec.engine.sampling.processors import LogitsEdits
+from evospec.engine.step import SampledSequence
 from evospec.kernels import choose_tokens as kernel
 from evospec.kernels.choose_tokens import RowSampling
 from evospec.kernels.native import Team
@@ -36,18 +37,6 @@ class SamplingRows(msgspec.Struct, frozen=True):
 
     request: Request
     draft_token_ids: Sequence[int] = ()
-
-
-class SampledSequence(msgspec.Struct, frozen=True):
-    """Accepted drafts, then one recovered or bonus token; logprobs where the request asks for them.
-
-    ``is_finite`` False: one of the logits of the next choice is NaN or +inf, so nothing can be chosen; the last token
-    is missing.
-    """
-
-    token_ids: list[int]
-    logprobs: list[TokenLogprob] | None
-    is_finite: bool = True
 
 
 class Sampler:
