@@ -38,7 +38,7 @@ from evospec.engine.speculation.drafters.base import Draft
 from evospec.engine.speculation.drafters.draft_model import DraftModel
 from evospec.engine.speculation.drafters.eagle import EagleDraft
 from evospec.engine.speculation.drafters.head import DraftHead
-from evospec.engine.step import Batch, DraftSlot, ScheduledSequence, Step, Verification
+from evospec.engine.step import NOTHING, Batch, DraftSlot, ScheduledSequence, Step, Verification
 from evospec.engine.text.tokenizer import Tokenizer
 
 ROWS = (0, 32768, 8192, 2048)
@@ -126,13 +126,13 @@ class Bench:
         self._runner = ModelRunner(target.loaded, CacheConfig(num_blocks=blocks_each * len(prompts)))
         self._proposer = draft.make_proposer(self._runner.num_blocks)
         self._propose_seconds = self._observe_seconds = 0.0
-        self._sequences: list[tuple[Request, array[int]]] = []
+        self._requests: list[Request] = []
         sampling = SamplingParams(max_tokens=num_steps, seed=0, temperature=0.0, ignore_eos=True)
         for index, prompt in enumerate(prompts):
             blocks = array("i", range(index * blocks_each, (index + 1) * blocks_each))
-            self._sequences.append((Request(str(index), b"", "benchmark", sampling, prompt), blocks))
-        for request, blocks in self._sequences:
-            self._verify([ScheduledSequence(request, 0, request.prompt_token_ids, 0, 0, 1, blocks)])
+            self._requests.append(Request(str(index), b"", "benchmark", sampling, prompt, block_ids=blocks))
+        for request in self._requests:
+            self._verify([ScheduledSequence.of(request, request.num_tokens)])
 
     def measure(self, steps: int) -> tuple[float, float, float]:
         """Seconds of (head, layer) for each draft token, and of observing a step."""
@@ -146,16 +146,10 @@ class Bench:
     def _step(self) -> None:
         """Draft, verify, and append the target's own next token."""
         started = time.perf_counter()
-        proposals = self._proposer.propose([DraftSlot(request, CHAIN, blocks) for request, blocks in self._sequences])
+        proposals = self._proposer.propose([DraftSlot(one, CHAIN, one.block_ids) for one in self._requests])
         self._propose_seconds += time.perf_counter() - started
-        steps = []
-        for request, blocks in self._sequences:
-            drafts = proposals[request].token_ids
-            tokens = [request.all_token_ids[-1], *drafts]
-            steps.append(
-                ScheduledSequence(request, request.num_computed_tokens, tokens, len(drafts), 0, len(tokens), blocks)
-            )
-        self._verify(steps)
+        drafted = [(request, proposals.get(request, NOTHING)) for request in self._requests]
+        self._verify([ScheduledSequence.of(one, 1 + len(drafts.token_ids), drafts) for one, drafts in drafted])
 
     def _verify(self, steps: Sequence[ScheduledSequence]) -> None:
         logits, features = self._runner.execute(steps, self._proposer.capture_layers)

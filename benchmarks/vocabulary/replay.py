@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
+from msgspec.structs import replace
 from numpy.typing import NDArray
 from rich.console import Console
 
@@ -62,11 +63,12 @@ class _Tail:
 
 def verification(request: Request, kept: Sequence[int], drafts: Sequence[int]) -> Verification:
     """A step that verified these drafts of a request, and kept these tokens."""
-    tokens, rest = [request.all_token_ids[-1], *drafts], (0, 1 + len(drafts), array("i"), Proposal([*drafts]))
-    sequence = ScheduledSequence(request, request.num_tokens - 1, tokens, len(drafts), *rest)
-    outcomes = zip(drafts, kept, strict=False)
-    num_accepted = next((place for place, (a, b) in enumerate(outcomes) if a != b), min(len(drafts), len(kept)))
-    return Verification(sequence, 0, kept=[*kept], num_accepted=num_accepted)
+    tokens, proposal = [request.all_token_ids[-1], *drafts], Proposal([*drafts])
+    sequence = ScheduledSequence(
+        request, request.num_tokens - 1, tokens, len(drafts), 0, len(tokens), array("i"), proposal
+    )
+    verified = Verification(sequence, 0, kept=[*kept])
+    return replace(verified, num_accepted=sum(verified.outcomes(drafts)))
 
 
 class Replay:
