@@ -35,8 +35,6 @@ class Learner:
 
     part: str
     """Its name in metrics, logs and ``/health``; several learners may be one part."""
-    capture_layers: Sequence[int] = ()
-    """The target's decoder layers whose output it wants in ``Step.features``, in ascending order."""
 
     def begin(self, request: Request) -> None:
         """A request has come; it may wait for a while."""

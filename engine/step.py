@@ -225,7 +225,7 @@ class Step:
     logits: torch.Tensor
     """[L, vocab] float32, the target's, as it has computed them."""
     features: Features | None
-    """Of all its tokens, where a learner wants them. On CUDA valid in this step only; on a CPU never overwritten."""
+    """Of all its tokens, where the draft wants them. On CUDA valid in this step only; on a CPU never overwritten."""
     _known: tuple[dict[int, int], NDArray[np.float32], NDArray[np.int32]] | None = field(default=None, init=False)
     """What ``top_k`` has found last: the place of each row, logits and ids."""
 

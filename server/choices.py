@@ -50,7 +50,7 @@ class Choice:
 
     def count_drafts(self, output: EngineOutput) -> None:
         """Count a step that verified drafts."""
-        if output.num_draft_tokens and not output.copied:
+        if not output.copied:
             self.draft_version = output.draft_version
         self.num_draft_tokens += output.num_draft_tokens
         self.num_predicted_tokens += output.num_predicted_tokens

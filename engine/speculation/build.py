@@ -183,11 +183,8 @@ class Speculation:
     learners: list[Learner] = field(default_factory=list)
     costs: StepCosts | None = None
     """What steps cost on this machine; None without drafts, or where their lengths are fixed."""
-
-    @property
-    def capture_layers(self) -> tuple[int, ...]:
-        """The target's layers whose output some learner wants."""
-        return tuple(sorted({layer for learner in self.learners for layer in learner.capture_layers}))
+    capture_layers: tuple[int, ...] = ()
+    """The target's layers whose output the draft wants."""
 
 
 def make_speculation(
@@ -213,4 +210,4 @@ def make_speculation(
         learners.append(vocab)
     learners.append(texts)
     drafter = Speculator(proposer, policy, speculation.num_speculative_tokens, parts, lookup, vocab)
-    return Speculation(drafter, learners, costs)
+    return Speculation(drafter, learners, costs, proposer.capture_layers)

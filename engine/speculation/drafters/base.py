@@ -1,7 +1,4 @@
-"""The interfaces of whoever proposes draft tokens, and of whoever learns from verified steps.
-
-Neither can change an output or end a request: what raises costs the step its drafts, or is not learned
-(``engine.optional_parts``). Both keep what they know of a sequence themselves, until ``end``.
+"""What a draft is: it proposes tokens, and learns from each step what it needs for that.
 
 A draft keeps keys and values of its own in *the same block ids and block size as the target*: the slot of token t in a
 sequence's blocks holds the draft's entry for token t, which depends on tokens up to t only. So preemption and the
@@ -30,6 +27,8 @@ class Proposer(Learner):
     """
 
     part = "draft"
+    capture_layers: tuple[int, ...] = ()
+    """The target's decoder layers whose output it wants in ``Step.features``, in ascending order."""
     stops_early: bool = False
     """Whether ``propose`` follows an ``EarlyStop``; otherwise it is given none."""
     verify_log: VerifyLog | None = None

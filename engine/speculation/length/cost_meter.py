@@ -126,18 +126,15 @@ class CostMeter:
 
     def _draft_seconds(self, batch_size: int) -> tuple[float, float, float]:
         """One draft token for each sequence, what their vocabularies learn of it, and ``_MANY_DRAFTS`` tokens."""
-        sequences = self._sequences(batch_size)
-        prompts = [
-            ScheduledSequence(request, 0, request.prompt_token_ids, 0, 0, 1, blocks) for request, blocks in sequences
-        ]
+        requests = self._requests(batch_size)
         if self._vocab is not None:
-            self._vocab.warm_up([request for request, _ in sequences])
-        self._step(prompts)
+            self._vocab.warm_up(requests)
+        self._step([ScheduledSequence.of(request, request.num_tokens) for request in requests])
         for _ in range(2):  # the prompts are read first
-            one, proposals = self._propose(sequences, 1)
-            learning = self._verify(sequences, proposals)
-        many, _ = self._propose(sequences, _MANY_DRAFTS)
-        self._forget([request for request, _ in sequences])
+            one, proposals = self._propose(requests, 1)
+            learning = self._verify(requests, proposals)
+        many, _ = self._propose(requests, _MANY_DRAFTS)
+        self._forget(requests)
         return one, learning, many
 
     def _read_seconds(self, first_draft: float) -> float:
@@ -147,17 +144,16 @@ class CostMeter:
         blocks = array("i", range(self._blocks_verified))
         seconds = []
         for _ in range(_READINGS):
-            request = Request("cost meter", b"", "", _GREEDY, prompt)
-            learning = self._step([ScheduledSequence(request, 0, prompt, 0, 0, 1, blocks)])
-            one = [(request, blocks)]
-            drafting, proposals = self._propose(one, 1)
-            seconds.append(learning + drafting + self._verify(one, proposals))
+            request = Request("cost meter", b"", "", _GREEDY, prompt, block_ids=blocks)
+            learning = self._step([ScheduledSequence.of(request, count)])
+            drafting, proposals = self._propose([request], 1)
+            seconds.append(learning + drafting + self._verify([request], proposals))
             self._forget([request])
         return max(min(seconds) - first_draft, 0.0) / count
 
-    def _propose(self, sequences: Sequence[tuple[Request, array[int]]], length: int) -> tuple[float, Proposals]:
+    def _propose(self, requests: Sequence[Request], length: int) -> tuple[float, Proposals]:
         """Seconds that drafts of so many tokens take, and these."""
-        slots = [DraftSlot(request, length, blocks) for request, blocks in sequences]
+        slots = [DraftSlot(request, length, request.block_ids) for request in requests]
         proposals: Proposals = {}
 
         def run() -> None:
@@ -166,14 +162,10 @@ class CostMeter:
 
         return _seconds(run), proposals
 
-    def _verify(self, sequences: Sequence[tuple[Request, array[int]]], proposals: Proposals) -> float:
+    def _verify(self, requests: Sequence[Request], proposals: Proposals) -> float:
         """A step with the drafts, none of which is accepted; returns what vocabularies take to follow."""
-        steps = []
-        for request, blocks in sequences:
-            proposal, start = proposals.get(request, NOTHING), request.num_computed_tokens
-            tokens, count = [request.all_token_ids[-1], *proposal.token_ids], len(proposal.token_ids)
-            steps.append(ScheduledSequence(request, start, tokens, count, 0, len(tokens), blocks, proposal))
-        return self._step(steps)
+        drafted = [(request, proposals.get(request, NOTHING)) for request in requests]
+        return self._step([ScheduledSequence.of(one, 1 + len(drafts.token_ids), drafts) for one, drafts in drafted])
 
     def _forget(self, requests: Sequence[Request]) -> None:
         for request in requests:
@@ -196,14 +188,12 @@ class CostMeter:
             request.output_token_ids.append(1)
         return seconds
 
-    def _sequences(self, count: int) -> list[tuple[Request, array[int]]]:
-        each = self._blocks_each
+    def _requests(self, count: int) -> list[Request]:
+        each, prompt = self._blocks_each, [1] * _PROMPT_TOKENS
+        blocks = [array("i", range(index * each, (index + 1) * each)) for index in range(count)]
         return [
-            (
-                Request(f"cost meter {index}", b"", "", _GREEDY, [1] * _PROMPT_TOKENS),
-                array("i", range(index * each, (index + 1) * each)),
-            )
-            for index in range(count)
+            Request(f"cost meter {index}", b"", "", _GREEDY, prompt, block_ids=of_one)
+            for index, of_one in enumerate(blocks)
         ]
 
 
